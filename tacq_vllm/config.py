@@ -1,0 +1,189 @@
+"""Recipes: everything that decides what a quantized checkpoint will be.
+
+A recipe is a flat YAML file, complete and without inheritance. The command line
+overrides single fields; the result is stored in the checkpoint.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Method = Literal["tacq", "gptq"]
+SaliencyMetric = Literal["tacq", "qal", "msg", "grad", "fisher", "magnitude"]
+StorageDtype = Literal["bfloat16", "float16"]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed; the message says what to change."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibrationConfig(_Section):
+    """The text that gradients and Hessians are measured on."""
+
+    sources: tuple[str, ...] = Field(
+        ("self",),
+        min_length=1,
+        description="`self` (text the 16-bit model writes itself), or paths of "
+        ".jsonl / .txt files, also gzipped; their samples are mixed.",
+    )
+    num_samples: int = Field(128, ge=1, description="Number of token windows.")
+    seq_len: int = Field(2048, ge=2, description="Tokens in each window.")
+    seed: int = Field(0, ge=0, description="Seed of sampling and generation.")
+
+
+class OutlierConfig(_Section):
+    """Which weights stay in 16 bits."""
+
+    ratio: float = Field(
+        0.0035,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the quantized linears' weights kept, over all of them "
+        "together (TaCQ paper, p).",
+    )
+    saliency: SaliencyMetric = Field(
+        "tacq",
+        description="Score by which weights are kept: tacq |W|·|g|·|Q(W)-W|, "
+        "qal |g|·|Q(W)-W|, msg |W|·|g|, grad |g|, fisher g², magnitude |W|.",
+    )
+    kept_value: Literal["compensated", "original"] = Field(
+        "compensated",
+        description="Keep a weight as GPTQ's error compensation has moved it, or as "
+        "it was in the base model.",
+    )
+
+
+class GptqConfig(_Section):
+    """GPTQ and the grid that it rounds to."""
+
+    damp_percent: float = Field(
+        0.01, gt=0.0, lt=1.0, description="Share of the Hessian's mean diagonal added."
+    )
+    block_size: int = Field(128, ge=1, description="Columns per lazy batch update.")
+    grid_steps: int = Field(
+        80, ge=1, description="Shrink factors tried per grid, 1.0 among them."
+    )
+    grid_max_shrink: float = Field(
+        0.8, ge=0.0, lt=1.0, description="The smallest shrink factor is 1 minus this."
+    )
+    grid_norm: float = Field(
+        2.4, gt=0.0, description="Exponent of the rounding error that a grid minimizes."
+    )
+
+
+class ExportConfig(_Section):
+    """How the checkpoint is written."""
+
+    dtype: StorageDtype | Literal["auto"] = Field(
+        "auto",
+        description="16-bit type of scales, kept weights and unquantized tensors; auto "
+        "takes the base model's, or bfloat16 where that is float32.",
+    )
+    max_shard_bytes: int = Field(
+        4_000_000_000, ge=1, description="A shard grows no larger, one tensor aside."
+    )
+
+
+class Recipe(_Section):
+    """All that `tacq quantize` needs to know beside the model."""
+
+    method: Method = Field("tacq", description="tacq, or gptq: without kept weights.")
+    bits: Literal[2, 3, 4] = Field(3, description="Bits of a code.")
+    group_size: int = Field(
+        -1, description="Input columns that share a scale; -1: the whole row."
+    )
+    calibration: CalibrationConfig = CalibrationConfig()
+    outliers: OutlierConfig = OutlierConfig()
+    gptq: GptqConfig = GptqConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _check_group_size(self) -> Self:
+        if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
+            raise ValueError(
+                f"group_size {self.group_size}: use -1 or a multiple of 16"
+            )
+        return self
+
+    @property
+    def outlier_ratio(self) -> float:
+        """Share of weights kept by the method: zero for plain GPTQ."""
+        return self.outliers.ratio if self.method == "tacq" else 0.0
+
+
+def recipe_folder() -> Path:
+    """Folder of the ready-made recipes: in the wheel, or in a source checkout."""
+    package = Path(str(files("tacq_vllm")))
+    installed = package / "quant_config"
+    return installed if installed.is_dir() else package.parent / "quant_config"
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Load a ready-made recipe (`smollm2/demo`) or a YAML file.
+
+    Raises:
+        RecipeError: the recipe does not exist or is not valid.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = recipe_folder() / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = sorted(
+            p.relative_to(recipe_folder()).with_suffix("").as_posix()
+            for p in recipe_folder().rglob("*.yaml")
+        )
+        raise RecipeError(
+            f"no recipe {name_or_path!r}: give a .yaml file or one of {known}"
+        )
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of fields")
+    return parse_recipe(content, source=str(path))
+
+
+def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
+    """Validate the fields of a recipe; `source` is named in the error.
+
+    Raises:
+        RecipeError: a field is unknown or out of range.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {one_line(error)}") from error
+
+
+def override_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """Replace fields named by dotted paths (`calibration.seed`); None leaves as is.
+
+    Raises:
+        RecipeError: a value is out of range.
+    """
+    content = recipe.model_dump()
+    for dotted, value in overrides.items():
+        if value is None:
+            continue
+        *sections, field = dotted.split(".")
+        section = content
+        for name in sections:
+            section = section[name]
+        section[field] = value
+    return parse_recipe(content, source="options")
+
+
+def one_line(error: ValidationError) -> str:
+    """A pydantic error as one line: every field with what is wrong."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in e['loc']) or 'value'}: {e['msg']}"
+        for e in error.errors()
+    )

@@ -1,0 +1,1 @@
+"""The checkpoint format: see SPEC.md beside this file."""

@@ -1,0 +1,214 @@
+"""Sharded safetensors files, written as tensors are produced and read lazily."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tacq_vllm.format.schema import FormatError, QuantizationSchema, parse_schema
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_DTYPES = {
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+}
+
+
+class CheckpointWriter:
+    """Writes tensors into shards of bounded size; at most one shard is in memory.
+
+    The shards get their final names, and the index is written, on `close`.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
+        self._folder = folder
+        self._max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Queue a tensor; full shards go to disk."""
+        if self._pending and self._pending_bytes + tensor.nbytes > (
+            self._max_shard_bytes
+        ):
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Write what is pending and give the shards their names."""
+        if self._pending:
+            self._flush()
+        count = len(self._shards)
+        if count == 1:
+            os.replace(self._temporary(0), self._folder / WEIGHTS_NAME)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            file_name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            os.replace(self._temporary(number), self._folder / file_name)
+            weight_map |= dict.fromkeys(names, file_name)
+        index = {
+            "metadata": {"total_size": self._total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        path = self._temporary(len(self._shards))
+        save_file(self._pending, path, metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _temporary(self, number: int) -> Path:
+        return self._folder / f".shard-{number:05d}.partial"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and what its header says."""
+
+    file_name: str
+    dtype: torch.dtype | None
+    """None: a type that the format does not use."""
+    dtype_name: str
+    shape: tuple[int, ...]
+
+
+class CheckpointReader:
+    """Lazy access to the tensors of a checkpoint folder.
+
+    Opening reads the headers only.
+
+    Raises:
+        FormatError: no weights, a file that is missing, truncated or not
+            safetensors, or an index that contradicts the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+        self._tensors: dict[str, StoredTensor] = {}
+        for file_name in self._file_names():
+            self._open(file_name)
+        self._check_index()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor."""
+        tensor: Tensor = self._files[self._tensors[name].file_name].get_tensor(name)
+        return tensor
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum((self._folder / name).stat().st_size for name in self._files)
+
+    def _file_names(self) -> list[str]:
+        if (self._folder / INDEX_NAME).is_file():
+            weight_map = self._weight_map()
+            names = sorted(set(weight_map.values()))
+            for name in names:
+                if Path(name).name != name or not name.endswith(".safetensors"):
+                    raise FormatError(f"{INDEX_NAME}: {name!r} is not a file name")
+            return names
+        if (self._folder / WEIGHTS_NAME).is_file():
+            return [WEIGHTS_NAME]
+        raise FormatError(f"{self._folder}: no {WEIGHTS_NAME} and no {INDEX_NAME}")
+
+    def _weight_map(self) -> dict[str, str]:
+        index = read_json(self._folder / INDEX_NAME)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(value, str) for value in weight_map.values()
+        ):
+            raise FormatError(f"{INDEX_NAME}: no weight_map from names to files")
+        return weight_map
+
+    def _open(self, file_name: str) -> None:
+        path = self._folder / file_name
+        if not path.is_file():
+            raise FormatError(f"{file_name}: the file is missing")
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise FormatError(
+                f"{file_name}: truncated or not safetensors ({error})"
+            ) from error
+        self._files[file_name] = file
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            if name in self._tensors:
+                raise FormatError(f"{file_name}: {name} is stored twice")
+            entry = file.get_slice(name)
+            dtype_name = entry.get_dtype()
+            self._tensors[name] = StoredTensor(
+                file_name, _DTYPES.get(dtype_name), dtype_name, tuple(entry.get_shape())
+            )
+
+    def _check_index(self) -> None:
+        if not (self._folder / INDEX_NAME).is_file():
+            return
+        for name, file_name in self._weight_map().items():
+            if name not in self or self[name].file_name != file_name:
+                raise FormatError(f"{INDEX_NAME}: {name} is not in {file_name}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FormatError: the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FormatError(f"{path}: the file is missing") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: not a JSON object")
+    return content
+
+
+def read_schema(folder: Path) -> QuantizationSchema:
+    """Read the quantization block of a checkpoint folder.
+
+    Raises:
+        FormatError: not a TaCQ checkpoint of this version.
+    """
+    return parse_schema(read_json(folder / CONFIG_NAME).get("quantization_config"))

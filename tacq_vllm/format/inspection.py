@@ -1,0 +1,109 @@
+"""What a checkpoint holds and what it costs, counted from its files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
+from tacq_vllm.format.linear import linear_specs
+from tacq_vllm.format.schema import FormatError, QuantizationSchema
+from tacq_vllm.format.validation import header_faults, load_linear
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """One quantized linear."""
+
+    name: str
+    out_features: int
+    in_features: int
+    outliers: int
+    nbytes: int
+    """Bytes of all its tensors."""
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per weight, everything counted."""
+        return self.nbytes * 8 / self.weights
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint in figures."""
+
+    bits: int
+    group_size: int
+    dtype: str
+    linears: tuple[LinearInfo, ...]
+    checkpoint_bytes: int
+    """Bytes of the weight files, unquantized tensors and headers included."""
+    paper_bits: float
+    """Bits per weight by the paper's formula, which leaves out scales and zeros."""
+
+    @property
+    def weights(self) -> int:
+        """Weights of the quantized linears."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def outliers(self) -> int:
+        """Weights kept in 16 bits."""
+        return sum(linear.outliers for linear in self.linears)
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of all tensors of the quantized linears."""
+        return sum(linear.nbytes for linear in self.linears)
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits per weight of the quantized linears, everything counted."""
+        return self.linear_bytes * 8 / self.weights
+
+
+def inspect_checkpoint(folder: Path) -> Inspection:
+    """Count a checkpoint's bits from the headers of its files.
+
+    Raises:
+        FormatError: the folder is not a whole TaCQ checkpoint.
+    """
+    schema = read_schema(folder)
+    with CheckpointReader(folder) as reader:
+        for fault in header_faults(reader, schema):
+            raise FormatError(fault)
+        return Inspection(
+            bits=schema.bits,
+            group_size=schema.group_size,
+            dtype=schema.dtype,
+            linears=tuple(_inspect_linear(schema, name) for name in schema.linears),
+            checkpoint_bytes=reader.file_bytes,
+            paper_bits=schema.paper_bits,
+        )
+
+
+def outlier_counts(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept weights of one linear per row and per column: int64 [out], [in]."""
+    schema = read_schema(folder)
+    with CheckpointReader(folder) as reader:
+        linear = load_linear(reader, schema, name)
+        table = linear.outliers[linear.out_features + 1 :] & 0xFFFF
+        rows = linear.outliers[: linear.out_features + 1].diff()
+        return rows.long(), torch.bincount(table, minlength=linear.in_features)
+
+
+def _inspect_linear(schema: QuantizationSchema, name: str) -> LinearInfo:
+    out_features, in_features = schema.linears[name]
+    return LinearInfo(
+        name=name,
+        out_features=out_features,
+        in_features=in_features,
+        outliers=schema.num_outliers(name),
+        # The headers have been found equal to these.
+        nbytes=sum(spec.nbytes for spec in linear_specs(schema, name).values()),
+    )

@@ -1,0 +1,137 @@
+"""The `quantization_config` block of config.json (SPEC.md, "Configuration")."""
+
+import json
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tacq_vllm.config import StorageDtype, one_line
+from tacq_vllm.format.outliers import MAX_IN_FEATURES
+
+QUANT_METHOD = "tacq"
+FORMAT_VERSION = 1
+DEFAULT_CIRCUIT = "default"
+
+
+class FormatError(ValueError):
+    """A checkpoint that is not what SPEC.md describes; the message says where."""
+
+
+class QuantizationSchema(BaseModel):
+    """What a loader must know before it reads a weight."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    quant_method: Literal["tacq"] = QUANT_METHOD
+    format_version: Literal[1] = FORMAT_VERSION
+    bits: Literal[2, 3, 4] = Field(description="Bits of a code.")
+    group_size: int = Field(
+        ge=-1, description="Input columns that share a scale; -1: the whole row."
+    )
+    dtype: StorageDtype = Field(description="Type of scales and kept weights.")
+    linears: dict[str, tuple[int, int]] = Field(
+        description="[out_features, in_features] of every quantized linear, by name."
+    )
+    circuits: dict[str, dict[str, int]] = Field(
+        description="Kept weights per linear; version 1 knows the table `default`."
+    )
+    recipe: dict[str, Any] = Field(
+        {}, description="How the checkpoint was made; for people, not for loaders."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.group_size == 0 or (self.group_size > 0 and self.group_size % 16):
+            raise ValueError(f"group_size {self.group_size}: not -1 or 16, 32, …")
+        if set(self.circuits) != {DEFAULT_CIRCUIT}:
+            raise ValueError("circuits: version 1 has exactly one table, `default`")
+        if self.circuits[DEFAULT_CIRCUIT].keys() != self.linears.keys():
+            raise ValueError("circuits and linears name different modules")
+        for name, (out_features, in_features) in self.linears.items():
+            check_linear_shape(name, out_features, in_features, self.group_size)
+            if not 0 <= self.num_outliers(name) <= out_features * in_features:
+                raise ValueError(f"{name}: {self.num_outliers(name)} kept weights")
+        return self
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The storage type as a torch dtype."""
+        return storage_dtype(self.dtype)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all quantized linears together."""
+        return sum(out * in_ for out, in_ in self.linears.values())
+
+    def num_outliers(self, name: str) -> int:
+        """Kept weights of one linear."""
+        return self.circuits[DEFAULT_CIRCUIT][name]
+
+    @property
+    def paper_bits(self) -> float:
+        """Bits per weight by the paper's formula N - N·r + 32·r (appendix A)."""
+        ratio = sum(self.circuits[DEFAULT_CIRCUIT].values()) / max(self.num_weights, 1)
+        return self.bits * (1 - ratio) + 32 * ratio
+
+
+def storage_dtype(name: StorageDtype) -> torch.dtype:
+    """The torch dtype of a storage type's name."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def check_linear_shape(
+    name: str, out_features: int, in_features: int, group_size: int
+) -> None:
+    """Refuse a linear that the format cannot hold.
+
+    Raises:
+        ValueError: naming the linear, the sizes and the remedy.
+    """
+    if out_features < 1 or in_features < 1:
+        raise ValueError(f"{name}: shape [{out_features}, {in_features}]")
+    if in_features > MAX_IN_FEATURES:
+        raise ValueError(
+            f"{name}: {in_features} input features, more than {MAX_IN_FEATURES}"
+        )
+    if group_size != -1 and in_features % group_size:
+        raise ValueError(
+            f"{name}: group_size {group_size} does not divide its {in_features} input "
+            "features; choose a divisor, or -1 for one scale per row"
+        )
+
+
+def num_groups(in_features: int, group_size: int) -> int:
+    """Scales per row."""
+    return 1 if group_size == -1 else in_features // group_size
+
+
+def parse_schema(block: object) -> QuantizationSchema:
+    """Read the `quantization_config` block of a config.json.
+
+    Raises:
+        FormatError: not a TaCQ block, of a later version, or contradicting itself.
+    """
+    if not isinstance(block, dict) or block.get("quant_method") != QUANT_METHOD:
+        raise FormatError(
+            "config.json has no quantization_config with quant_method 'tacq': "
+            "not a TaCQ checkpoint"
+        )
+    version = block.get("format_version")
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"format_version {version!r} is not known to this tacq-vllm, which reads "
+            f"version {FORMAT_VERSION}: install a newer tacq-vllm"
+        )
+    try:
+        # JSON mode: lists become tuples, nothing else is converted.
+        return QuantizationSchema.model_validate_json(_to_json(block))
+    except ValidationError as error:
+        raise FormatError(f"quantization_config: {one_line(error)}") from error
+
+
+def _to_json(block: dict[str, Any]) -> str:
+    try:
+        return json.dumps(block)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"quantization_config is not JSON: {error}") from error

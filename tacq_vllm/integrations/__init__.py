@@ -1,0 +1,1 @@
+"""The plugins for Transformers and vLLM."""

@@ -1,0 +1,1 @@
+"""Linear layers on packed weights; `reference` is the truth for every other kernel."""

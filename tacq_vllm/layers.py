@@ -1,0 +1,61 @@
+"""The quantized linear as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from tacq_vllm.format.linear import PackedLinear, TensorSpec
+from tacq_vllm.kernels.ops import quantized_linear
+from tacq_vllm.kernels.reference import dequantize
+
+
+class TacqLinear(nn.Module):
+    """Drop-in for `nn.Linear` whose buffers are the tensors of SPEC.md.
+
+    Args:
+        specs: type and shape of each tensor, from `linear_specs`.
+        bits: bits of a code.
+        in_features: columns of the weight.
+        bias: an unquantized bias [out], or None.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    qzeros: Tensor
+    outliers: Tensor
+
+    def __init__(
+        self,
+        specs: dict[str, TensorSpec],
+        bits: int,
+        in_features: int,
+        bias: nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        self.in_features = in_features
+        self.out_features = specs["qweight"].shape[0]
+        self._tensor_names = tuple(specs)
+        for name, spec in specs.items():
+            self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
+        self.bias = bias
+
+    @property
+    def packed(self) -> PackedLinear:
+        """The stored tensors."""
+        tensors = {name: getattr(self, name) for name in self._tensor_names}
+        return PackedLinear.from_tensors(tensors, self.bits, self.in_features)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight [out, in]."""
+        return dequantize(self.packed, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply x [..., in] with the weight: [..., out]."""
+        return quantized_linear(x, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, as `nn.Linear` shows them."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bits={self.bits}, bias={self.bias is not None}"
+        )

@@ -1,0 +1,1 @@
+"""Making a checkpoint: calibration, saliency, selection, GPTQ, export."""

@@ -1,0 +1,196 @@
+"""GPTQ of one weight matrix, with some weights kept in 16 bits.
+
+GPTQ: arXiv 2210.17323; kept weights: TaCQ, arXiv 2504.07389, section 3 and
+appendix D.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tacq_vllm.config import GptqConfig
+from tacq_vllm.format.linear import PackedLinear, pack_linear
+from tacq_vllm.format.outliers import select_outliers
+from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.grid import Grid, fit_grid
+
+MAX_DAMP = 1.0
+"""Damping, as a share of the mean diagonal, past which a Hessian is refused."""
+
+
+class Hessian:
+    """The second-moment matrix of a linear's inputs, summed over tokens."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.total = torch.zeros(in_features, in_features, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs [..., in]."""
+        x = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        self.total.addmm_(x.T, x)
+        self.tokens += x.shape[0]
+
+    def mean(self) -> Tensor:
+        """The sum over its number of tokens: float32 [in, in]."""
+        return self.total / self.tokens
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """A quantized weight matrix."""
+
+    codes: Tensor
+    """uint8 [out, in]; the zero-point where a weight is kept."""
+    zeros: Tensor
+    """uint8 [out, groups]."""
+    scales: Tensor
+    """16-bit [out, groups]."""
+    weight: Tensor
+    """float32 [out, in]: what the codes and the kept weights stand for."""
+    damp_percent: float
+    """Damping that made the Hessian's Cholesky factorization succeed."""
+
+    def pack(self, kept: Tensor, bits: int) -> PackedLinear:
+        """The tensors of the checkpoint; `kept` is the mask [out, in] quantized with."""
+        outliers = select_outliers(self.weight.to(self.scales.dtype), kept)
+        return pack_linear(self.codes, self.zeros, self.scales, outliers, bits)
+
+
+def quantize_matrix(
+    W: Tensor,
+    H: Tensor,
+    kept: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    keep_original: bool,
+    config: GptqConfig,
+) -> GptqResult:
+    """Round W column by column, moving each column's error to those that follow.
+
+    Args:
+        W: float32 [out, in]; rows of linears that share their input may be stacked.
+        H: float32 [in, in], from `Hessian.mean`.
+        kept: bool [out, in], the weights to store in 16 bits, or None.
+        bits: bits of a code.
+        group_size: columns of a grid, or -1.
+        dtype: the 16-bit type of scales and kept weights.
+        keep_original: keep a weight as it is in W, not as compensation has moved it.
+        config: damping, block size and grid search.
+
+    Raises:
+        QuantizeError: the Hessian stays singular at the largest damping.
+    """
+    out_features, in_features = W.shape
+    size = in_features if group_size == -1 else group_size
+    block_size = _block_size(config.block_size, size, in_features)
+    U, damp_percent = inverse_factor(H, config.damp_percent)
+
+    original = W
+    W = W.clone()
+    codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=W.device)
+    values = torch.empty(in_features, out_features, device=W.device)
+    grids: list[Grid] = []
+    for start in range(0, in_features, block_size):
+        stop = min(start + block_size, in_features)
+        # Columns as rows: each is contiguous in the inner loop.
+        block = W[:, start:stop].T.contiguous()
+        errors = torch.empty_like(block)
+        for i, column in enumerate(range(start, stop)):
+            if column % size == 0:
+                grids.append(
+                    _fit_group(W, block, i, column, size, kept, bits, dtype, config)
+                )
+            grid, w = grids[-1], block[i]
+            code = grid.codes(w)
+            value = grid.values(code)
+            if kept is not None:
+                mask = kept[:, column]
+                exact = original[:, column] if keep_original else w
+                code = torch.where(mask, grid.zeros, code)
+                value = torch.where(mask, exact.to(dtype).to(torch.float32), value)
+            codes[column] = code
+            values[column] = value
+            errors[i] = (w - value) / U[column, column]
+            block[i + 1 :].addr_(U[column, column + 1 : stop], errors[i], alpha=-1)
+        W[:, stop:].addmm_(errors.T, U[start:stop, stop:], alpha=-1)
+    return GptqResult(
+        codes=codes.T.contiguous(),
+        zeros=torch.stack([grid.zeros for grid in grids], 1).to(torch.uint8),
+        scales=torch.stack([grid.scales for grid in grids], 1).to(dtype),
+        weight=values.T.contiguous(),
+        damp_percent=damp_percent,
+    )
+
+
+def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
+    """Upper Cholesky factor of the damped Hessian's inverse, and the damping used.
+
+    An input that is always zero gets a diagonal of one, so that its weights are
+    rounded to the nearest value. Where the factorization fails, damping doubles.
+
+    Raises:
+        QuantizeError: it still fails at `MAX_DAMP`, or H is not finite.
+    """
+    if not bool(H.isfinite().all()):
+        raise QuantizeError("the Hessian is not finite: NaN or overflow in the inputs")
+    diagonal = H.diagonal()
+    H = H + torch.diag((diagonal == 0).to(H.dtype))
+    mean = H.diagonal().mean()
+    while damp_percent <= MAX_DAMP:
+        damped = H + torch.eye(H.shape[0], device=H.device) * (damp_percent * mean)
+        L, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+            if not failed:
+                return U, damp_percent
+        damp_percent *= 2
+    raise QuantizeError(
+        f"the Hessian is singular even when damped by {MAX_DAMP:.0%} of its mean "
+        "diagonal: use more calibration tokens"
+    )
+
+
+def relative_error(W: Tensor, quantized: Tensor, H: Tensor) -> float:
+    """Squared output error on the calibration inputs over the squared output.
+
+    tr(D·H·Dᵀ) / tr(W·H·Wᵀ) with D = W - quantized, all float32 [out, in].
+    """
+    D = W - quantized
+    signal = ((W @ H) * W).sum()
+    return float(((D @ H) * D).sum() / signal) if signal > 0 else 0.0
+
+
+def _block_size(wanted: int, group_size: int, in_features: int) -> int:
+    """Columns per block such that every group lies in one, or starts at one.
+
+    Either way a grid is fitted to weights that hold all earlier columns' errors.
+    """
+    if group_size == in_features:
+        return wanted
+    if group_size <= wanted:
+        return group_size * (wanted // group_size)
+    return math.gcd(group_size, wanted)
+
+
+def _fit_group(
+    W: Tensor,
+    block: Tensor,
+    i: int,
+    column: int,
+    size: int,
+    kept: Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+    config: GptqConfig,
+) -> Grid:
+    """Fit the grid of the group that starts at `column`, row i of the block."""
+    columns = slice(column, column + size)
+    # A group that reaches past the block starts it: W is up to date there.
+    current = block[i : i + size].T if size <= block.shape[0] else W[:, columns]
+    mask = None if kept is None else kept[:, columns]
+    return fit_grid(current, mask, bits, dtype, config)

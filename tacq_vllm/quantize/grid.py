@@ -1,0 +1,79 @@
+"""Scales and zero-points of one group of columns (GPTQ; TaCQ paper, equation 1)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tacq_vllm.config import GptqConfig
+
+_CHUNK_WEIGHTS = 1 << 16
+"""Weights searched at a time, so that the loop works in cache."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An asymmetric grid per row: value = (code - zero) · scale."""
+
+    scales: Tensor
+    """float32 [out], representable in the storage type, never zero."""
+    zeros: Tensor
+    """float32 [out], integers in [0, max_code]."""
+    max_code: int
+
+    def codes(self, W: Tensor) -> Tensor:
+        """Codes (float32 integers) of W, [out] or [out, n] as `scales` broadcast."""
+        return (W / self.scales).round_().add_(self.zeros).clamp_(0, self.max_code)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Values that codes stand for."""
+        return (codes - self.zeros) * self.scales
+
+
+def fit_grid(
+    W: Tensor, kept: Tensor | None, bits: int, dtype: torch.dtype, config: GptqConfig
+) -> Grid:
+    """Search each row's grid that rounds W with the least error.
+
+    The range is that of the row with zero included, shrunk step by step; a row's kept
+    weights are replaced by the mean of its others (TaCQ reference; SpQR).
+
+    Args:
+        W: float32 [out, n].
+        kept: bool [out, n], the weights that stay in 16 bits, or None.
+        bits: bits of a code.
+        dtype: the 16-bit type that scales are stored in.
+        config: number of steps, smallest shrink factor, norm of the error.
+    """
+    if kept is not None and bool(kept.any()):
+        others = (~kept).sum(1).clamp(min=1)
+        means = W.masked_fill(kept, 0.0).sum(1) / others
+        W = torch.where(kept, means.unsqueeze(1), W)
+    rows = max(1, _CHUNK_WEIGHTS // W.shape[1])
+    parts = [_search(chunk, bits, dtype, config) for chunk in W.split(rows)]
+    return Grid(
+        torch.cat([part.scales for part in parts]),
+        torch.cat([part.zeros for part in parts]),
+        parts[0].max_code,
+    )
+
+
+def _search(W: Tensor, bits: int, dtype: torch.dtype, config: GptqConfig) -> Grid:
+    max_code = 2**bits - 1
+    low = W.amin(1).clamp(max=0.0)
+    high = W.amax(1).clamp(min=0.0)
+    best_error = torch.full_like(low, torch.inf)
+    best_scales, best_zeros = torch.ones_like(low), torch.zeros_like(low)
+    for step in range(config.grid_steps):
+        shrink = 1 - config.grid_max_shrink * step / config.grid_steps
+        scales = (shrink * (high - low) / max_code).to(dtype).to(torch.float32)
+        # A row of zeros, or one that the 16-bit type cannot scale, has only code 0.
+        scales = torch.where(scales > 0, scales, 1.0)
+        zeros = (-shrink * low / scales).round_().clamp_(0, max_code)
+        grid = Grid(scales.unsqueeze(1), zeros.unsqueeze(1), max_code)
+        error = grid.values(grid.codes(W)).sub_(W).abs_().pow_(config.grid_norm).sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scales = torch.where(better, scales, best_scales)
+        best_zeros = torch.where(better, zeros, best_zeros)
+    return Grid(best_scales, best_zeros, max_code)
