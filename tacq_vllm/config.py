@@ -36,6 +36,9 @@ class CalibrationConfig(_Section):
     num_samples: int = Field(128, ge=1, description="Number of token windows.")
     seq_len: int = Field(2048, ge=2, description="Tokens in each window.")
     seed: int = Field(0, ge=0, description="Seed of sampling and generation.")
+    temperature: float = Field(
+        0.7, gt=0.0, description="Sampling temperature of `self`."
+    )
 
 
 class OutlierConfig(_Section):

@@ -81,7 +81,10 @@ def inspect_checkpoint(folder: Path) -> Inspection:
             bits=schema.bits,
             group_size=schema.group_size,
             dtype=schema.dtype,
-            linears=tuple(_inspect_linear(schema, name) for name in schema.linears),
+            linears=tuple(
+                _inspect_linear(schema, name)
+                for name in sorted(schema.linears, key=_natural_order)
+            ),
             checkpoint_bytes=reader.file_bytes,
             paper_bits=schema.paper_bits,
         )
@@ -107,3 +110,10 @@ def _inspect_linear(schema: QuantizationSchema, name: str) -> LinearInfo:
         # The headers have been found equal to these.
         nbytes=sum(spec.nbytes for spec in linear_specs(schema, name).values()),
     )
+
+
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key under which block 9 comes before block 10."""
+    return [
+        (int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")
+    ]

@@ -27,6 +27,13 @@ PLANE_SUFFIXES = ("", "_high")
 """What the name of each plane's tensor ends with, lowest bits first."""
 
 
+def tensor_names(bits: int) -> tuple[str, ...]:
+    """The last parts of the names of a linear's tensors."""
+    suffixes = PLANE_SUFFIXES[: len(PLANE_WIDTHS[bits])]
+    planes = [f"{name}{suffix}" for name in ("qweight", "qzeros") for suffix in suffixes]
+    return (*planes, "scales", "outliers")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Type and shape that a tensor must have."""

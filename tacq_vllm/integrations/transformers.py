@@ -30,6 +30,7 @@ from tacq_vllm.format.schema import (
     parse_schema,
 )
 from tacq_vllm.format.validation import check_headers
+from tacq_vllm.kernels.ops import prepare
 from tacq_vllm.layers import TacqLinear
 
 
@@ -100,9 +101,11 @@ class TacqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         for name in self.schema.linears:
-            fault = check_linear(model.get_submodule(name).packed)
+            packed = model.get_submodule(name).packed
+            fault = check_linear(packed)
             if fault:
                 raise FormatError(f"{name}.{fault}")
+            prepare(packed)
         return model
 
     def _dequantize(

@@ -1,10 +1,25 @@
-"""The `tacq::` custom ops and the choice of kernel behind them."""
+"""The `tacq::` custom op and the choice of kernel behind it.
+
+| device | few tokens | many |
+| --- | --- | --- |
+| x86 CPU with numba | `cpu_linear` | `reference`, in blocks |
+| else | `reference` | `reference` |
+"""
+
+import functools
+import importlib
+import importlib.util
+import platform
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels.reference import linear_forward
+
+MAX_CPU_TOKENS = 16
+"""Rows of x past which dequantizing blocks and a dense product are faster."""
 
 
 @torch.library.custom_op("tacq::linear", mutates_args=())
@@ -29,6 +44,11 @@ def _linear(
         bits=bits,
         in_features=x.shape[-1],
     )
+    if x.device.type == "cpu" and x[..., 0].numel() <= MAX_CPU_TOKENS:
+        cpu_linear = _cpu_module()
+        if cpu_linear is not None and cpu_linear.supports(x, packed):
+            result: Tensor = cpu_linear.cpu_linear(x, packed, bias)
+            return result
     return linear_forward(x, packed, bias)
 
 
@@ -64,3 +84,19 @@ def quantized_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Te
         packed.bits,
     )
     return out
+
+
+def prepare(packed: PackedLinear) -> None:
+    """Compile, at load, the kernels that a linear will use."""
+    if packed.qweight.device.type == "cpu":
+        cpu_linear = _cpu_module()
+        if cpu_linear is not None:
+            cpu_linear.warm_up(packed.bits, packed.scales.dtype)
+
+
+@functools.cache
+def _cpu_module() -> ModuleType | None:
+    """The numba kernels, which take a second to import, where they can run."""
+    if platform.machine() != "x86_64" or importlib.util.find_spec("numba") is None:
+        return None
+    return importlib.import_module("tacq_vllm.kernels.cpu_linear")

@@ -47,7 +47,7 @@ def calibration_windows(
 def generate_windows(
     base: BaseModel, config: CalibrationConfig, count: int, progress: Progress
 ) -> list[Tensor]:
-    """Windows of text that the model writes itself, sampled at temperature 1.
+    """Windows of text that the model writes itself.
 
     A chat model opens with the header of a user's turn, so that it writes both a
     question and its answer; another one opens with its first token alone. The end of
@@ -69,7 +69,7 @@ def generate_windows(
                 prompt.expand(batch, -1),
                 attention_mask=torch.ones_like(prompt).expand(batch, -1),
                 do_sample=True,
-                temperature=1.0,
+                temperature=config.temperature,
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=length,

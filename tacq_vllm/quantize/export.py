@@ -15,15 +15,24 @@ from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
 
 
-@contextmanager
-def staged_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output`, renamed to it when the body has succeeded.
+def check_output(output: Path) -> None:
+    """Refuse to write over anything.
 
     Raises:
         QuantizeError: `output` exists and is not an empty folder.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise QuantizeError(f"{output}: exists already; choose another --output")
+
+
+@contextmanager
+def staged_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output`, renamed to it when the body has succeeded.
+
+    Raises:
+        QuantizeError: as `check_output`.
+    """
+    check_output(output)
     staging = output.parent / f".{output.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

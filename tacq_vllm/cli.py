@@ -1,0 +1,358 @@
+"""The `tacq` command.
+
+Heavy modules are imported inside the commands, so that `--help` is instant.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from tacq_vllm.format.inspection import Inspection
+    from tacq_vllm.quantize.progress import Listener
+
+app = typer.Typer(
+    name="tacq",
+    help="Quantize LLMs with TaCQ and look into packed checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True, soft_wrap=True)
+
+CheckpointFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)
+]
+
+
+class MethodOption(StrEnum):
+    """Values of --method."""
+
+    tacq = "tacq"
+    gptq = "gptq"
+
+
+class SaliencyOption(StrEnum):
+    """Values of --saliency."""
+
+    tacq = "tacq"
+    qal = "qal"
+    msg = "msg"
+    grad = "grad"
+    fisher = "fisher"
+    magnitude = "magnitude"
+
+
+class DeviceOption(StrEnum):
+    """Values of --device."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one line and exit code 2."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print it.")] = False,
+) -> None:
+    """Quantize LLMs with TaCQ and look into packed checkpoints."""
+    if version:
+        from tacq_vllm import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        str, typer.Argument(help="A Hub id, a folder, or a .gguf file.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder to make; must not exist or be empty.")
+    ],
+    recipe: Annotated[
+        str | None, typer.Option(help="A ready-made recipe's name or a .yaml file.")
+    ] = None,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Where finished phases keep their tensors.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3 or 4.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale; -1: the row.")
+    ] = None,
+    outlier_ratio: Annotated[
+        float | None, typer.Option(help="Share of weights kept in 16 bits.")
+    ] = None,
+    method: Annotated[
+        MethodOption | None, typer.Option(help="gptq keeps no weights.")
+    ] = None,
+    saliency: Annotated[
+        SaliencyOption | None, typer.Option(help="Which weights are kept.")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="`self` or a .jsonl/.txt(.gz) file; may be repeated."),
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Token windows.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    device: Annotated[DeviceOption, typer.Option()] = DeviceOption.auto,
+) -> None:
+    """Make a packed TaCQ checkpoint of a 16-bit model."""
+    with _one_line_errors():
+        from tacq_vllm.config import Recipe, load_recipe, override_recipe
+
+        overrides = {
+            "bits": bits,
+            "group_size": group_size,
+            "method": method,
+            "outliers.ratio": outlier_ratio,
+            "outliers.saliency": saliency,
+            "calibration.sources": calibration,
+            "calibration.num_samples": num_samples,
+            "calibration.seq_len": seq_len,
+            "calibration.seed": seed,
+        }
+        effective = override_recipe(
+            load_recipe(recipe) if recipe else Recipe(), overrides
+        )
+
+        from transformers.utils import logging as transformers_logging
+
+        from tacq_vllm.hub import write_model_card
+        from tacq_vllm.quantize.export import check_output
+        from tacq_vllm.quantize.model import load_base_model
+        from tacq_vllm.quantize.pipeline import quantize_model
+        from tacq_vllm.quantize.progress import Progress as RunProgress
+        from tacq_vllm.quantize.workdir import open_workdir
+
+        check_output(output)
+        transformers_logging.disable_progress_bar()
+        base = load_base_model(model, _torch_device(device))
+        with open_workdir(work_dir) as folder, _listener() as listener:
+            quantize_model(
+                base,
+                effective,
+                output,
+                folder,
+                RunProgress(listener),
+                lambda staged: write_model_card(staged, base.name),
+            )
+        _print_summary(output)
+
+
+@app.command()
+def inspect(
+    checkpoint: CheckpointFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw where the kept weights sit (.png).")
+    ] = None,
+) -> None:
+    """Show effective bits, bytes and kept weights, counted from the files."""
+    with _one_line_errors():
+        from tacq_vllm.format.inspection import inspect_checkpoint
+
+        figures = inspect_checkpoint(checkpoint)
+        if plot is not None:
+            from tacq_vllm.format.plot import plot_outliers
+
+            plot_outliers(checkpoint, figures, plot)
+        if as_json:
+            typer.echo(json.dumps(_inspection_json(figures), indent=2))
+        else:
+            _print_inspection(figures)
+
+
+@app.command()
+def verify(checkpoint: CheckpointFolder) -> None:
+    """Name everything that a loader would refuse; exit code 1 if there is anything."""
+    from tacq_vllm.format.validation import find_faults
+
+    faults = find_faults(checkpoint)
+    for fault in faults:
+        typer.echo(fault)
+    if faults:
+        raise typer.Exit(1)
+    typer.echo(f"{checkpoint}: whole")
+
+
+class RichListener:
+    """A progress bar per phase, for a terminal."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def phase_started(self, name: str, total: int) -> None:
+        """Add a bar."""
+        self._tasks[name] = self._bars.add_task(name, total=total, detail="")
+
+    def phase_advanced(self, name: str, steps: int, detail: str) -> None:
+        """Move the bar."""
+        self._bars.update(self._tasks[name], advance=steps, detail=detail)
+
+    def phase_finished(self, name: str, seconds: float) -> None:
+        """Leave the bar full."""
+        self._bars.update(self._tasks[name], detail="")
+
+
+class LogListener:
+    """A plain line per step, with time left, for a log file."""
+
+    def __init__(self) -> None:
+        self._total = self._done = 0
+        self._start = 0.0
+
+    def phase_started(self, name: str, total: int) -> None:
+        """Begin counting."""
+        self._total, self._done, self._start = total, 0, perf_counter()
+        err.print(f"{name}: {total} steps", highlight=False)
+
+    def phase_advanced(self, name: str, steps: int, detail: str) -> None:
+        """Print the step."""
+        self._done += steps
+        left = (perf_counter() - self._start) / self._done * (self._total - self._done)
+        err.print(
+            f"{name} {self._done}/{self._total}  {detail}  {left:.0f} s left",
+            highlight=False,
+        )
+
+    def phase_finished(self, name: str, seconds: float) -> None:
+        """Print how long the phase took."""
+        err.print(f"{name}: {seconds:.1f} s", highlight=False)
+
+
+@contextmanager
+def _listener() -> "Iterator[Listener]":
+    if not err.is_terminal:
+        yield LogListener()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=err) as bars:
+        yield RichListener(bars)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Bad input: one line that says what is wrong, exit code 2."""
+    from tacq_vllm.config import RecipeError
+    from tacq_vllm.format.schema import FormatError
+
+    try:
+        yield
+    except (FormatError, RecipeError, InputError) as error:
+        _fail(str(error))
+    except ValueError as error:
+        # QuantizeError comes with PyTorch: it is known only once that is loaded.
+        module = sys.modules.get("tacq_vllm.quantize.errors")
+        if module is None or not isinstance(error, module.QuantizeError):
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written")
+
+
+class InputError(ValueError):
+    """Options that do not fit the machine."""
+
+
+def _fail(message: str) -> None:
+    err.print(f"tacq: {message}", style="red", highlight=False, markup=False)
+    raise typer.Exit(2)
+
+
+def _torch_device(option: DeviceOption):  # type: ignore[no-untyped-def]
+    import torch
+
+    available = torch.cuda.is_available()
+    if option is DeviceOption.cuda and not available:
+        raise InputError("--device cuda, but PyTorch sees no CUDA device")
+    use_cuda = available and option is not DeviceOption.cpu
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def _print_summary(folder: Path) -> None:
+    from tacq_vllm.format.inspection import inspect_checkpoint
+
+    figures = inspect_checkpoint(folder)
+    typer.echo(
+        f"{folder}: {figures.effective_bits:.3f} effective bits "
+        f"({figures.paper_bits:.3f} by the paper's formula), "
+        f"{figures.outliers:,} weights kept, {figures.checkpoint_bytes / 1e6:.1f} MB"
+    )
+
+
+def _inspection_json(figures: "Inspection") -> dict[str, object]:
+    return {
+        "bits": figures.bits,
+        "group_size": figures.group_size,
+        "dtype": figures.dtype,
+        "effective_bits": figures.effective_bits,
+        "paper_bits": figures.paper_bits,
+        "weights": figures.weights,
+        "outliers": figures.outliers,
+        "linear_bytes": figures.linear_bytes,
+        "checkpoint_bytes": figures.checkpoint_bytes,
+        "linears": [
+            {**asdict(linear), "effective_bits": linear.effective_bits}
+            for linear in figures.linears
+        ],
+    }
+
+
+def _print_inspection(figures: "Inspection") -> None:
+    table = Table("linear", "shape", "outliers", "share %", "bytes", "bits")
+    for linear in figures.linears:
+        table.add_row(
+            linear.name,
+            f"{linear.out_features}x{linear.in_features}",
+            f"{linear.outliers}",
+            f"{100 * linear.outliers / linear.weights:.3f}",
+            f"{linear.nbytes}",
+            f"{linear.effective_bits:.3f}",
+        )
+    out.print(table)
+    group = "row" if figures.group_size == -1 else f"{figures.group_size} columns"
+    typer.echo(
+        f"{figures.bits} bits, a scale per {group}, {figures.dtype}; "
+        f"{figures.outliers:,} of {figures.weights:,} weights kept in 16 bits\n"
+        f"effective bits {figures.effective_bits:.4f} "
+        f"(codes, scales, zero-points, kept weights, indices); "
+        f"paper's formula {figures.paper_bits:.4f}\n"
+        f"quantized linears {figures.linear_bytes:,} bytes; "
+        f"weight files {figures.checkpoint_bytes:,} bytes"
+    )

@@ -1,0 +1,128 @@
+"""The `QuantizationConfig` that vLLM builds from a checkpoint's config.json."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+
+from tacq_vllm.format.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from tacq_vllm.format.schema import (
+    QUANT_METHOD,
+    FormatError,
+    QuantizationSchema,
+    parse_schema,
+)
+from tacq_vllm.format.validation import check_headers
+from tacq_vllm.integrations.vllm.errors import refuse
+
+
+@register_quantization_config(QUANT_METHOD)
+class TacqConfig(QuantizationConfig):
+    """Which linears are quantized, and how; pickled to every worker."""
+
+    def __init__(self, schema: QuantizationSchema | None = None) -> None:
+        super().__init__()
+        if schema is None:
+            # What vLLM does when --quantization is given and config.json has no block.
+            refuse(
+                "--quantization tacq, but config.json has no quantization_config: "
+                "make a checkpoint with `tacq quantize`, or leave the flag out"
+            )
+        self.schema = schema
+        self._stored_names = {name: name for name in schema.linears}
+        """Name of a linear in the checkpoint by its name in vLLM's model."""
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Value of `--quantization` and `quant_method`."""
+        return QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Types of the activations."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Oldest NVIDIA generation: Turing."""
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Everything is in config.json."""
+        return []
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> None:
+        """Take over nothing; refuse a TaCQ checkpoint under another method's flag."""
+        stored = hf_quant_cfg.get("quant_method")
+        if stored == QUANT_METHOD and user_quant not in (None, QUANT_METHOD):
+            refuse(
+                f"this is a TaCQ checkpoint, not {user_quant!r}: serve it with "
+                "--quantization tacq, or without the flag"
+            )
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "TacqConfig":
+        """Parse the `quantization_config` block."""
+        try:
+            return cls(parse_schema(config))
+        except FormatError as error:
+            refuse(error)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Check the headers of a local checkpoint before any worker starts."""
+        folder = Path(model_name)
+        if any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+            try:
+                check_headers(folder, self.schema)
+            except FormatError as error:
+                refuse(error)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Follow a model that renames its modules; always from the stored names."""
+        self._stored_names = {
+            mapped: stored
+            for stored in self.schema.linears
+            for mapped in hf_to_vllm_mapper.apply_list([stored])
+        }
+
+    def get_quant_method(
+        self, layer: torch.nn.Module, prefix: str
+    ) -> QuantizeMethodBase | None:
+        """The method of a linear; embeddings and attention are not quantized."""
+        # Heavy, and not needed where vLLM only parses its command line.
+        from vllm.model_executor.layers.linear import (
+            LinearBase,
+            UnquantizedLinearMethod,
+        )
+
+        from tacq_vllm.integrations.vllm.linear import TacqLinearMethod
+
+        if not isinstance(layer, LinearBase):
+            return None
+        names = self._parts(prefix)
+        stored = [self._stored_names.get(name) for name in names]
+        if not any(stored):
+            return UnquantizedLinearMethod()
+        for name, known in zip(names, stored, strict=True):
+            if known is None:
+                refuse(
+                    f"{prefix}: {name} is not quantized, but what it is fused with is"
+                )
+        return TacqLinearMethod(self.schema, [name for name in stored if name])
+
+    def _parts(self, prefix: str) -> list[str]:
+        """Names, unfused, of the linears that make up a module."""
+        parent, _, leaf = prefix.rpartition(".")
+        parts = self.packed_modules_mapping.get(leaf, [leaf])
+        return [f"{parent}.{part}" if parent else part for part in parts]

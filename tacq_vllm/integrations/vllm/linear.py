@@ -1,0 +1,196 @@
+"""The linear method: parameters on vLLM's v2 loader, and the forward pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    ReplicatedLinear,
+    register_weight_loader_v2_supported_method,
+)
+
+from tacq_vllm.format.linear import (
+    PLANE_SUFFIXES,
+    PackedLinear,
+    check_linear,
+    tensor_names,
+)
+from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS, packed_size
+from tacq_vllm.format.schema import QuantizationSchema, num_groups
+from tacq_vllm.integrations.vllm.errors import refuse
+from tacq_vllm.integrations.vllm.params import (
+    ChannelScaleParameter,
+    GroupScaleParameter,
+    OutlierParameter,
+    OutlierShard,
+    PackedChannelParameter,
+    PackedParameter,
+    TrackedParameter,
+)
+from tacq_vllm.kernels.ops import prepare, quantized_linear
+
+
+@register_weight_loader_v2_supported_method
+class TacqLinearMethod(LinearMethodBase):
+    """One (fused) linear: holds the packed tensors and computes from them.
+
+    Args:
+        schema: the checkpoint's quantization block.
+        names: the linears in the checkpoint that make up this one.
+    """
+
+    def __init__(self, schema: QuantizationSchema, names: list[str]) -> None:
+        self.schema = schema
+        self.names = names
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the tensors of SPEC.md, cut to this rank, as parameters."""
+        schema = self.schema
+        loader = extra_weight_attrs["weight_loader"]
+        if isinstance(layer, ReplicatedLinear):
+            loader = _load_replicated
+        self._check_sizes(
+            input_size_per_partition, output_partition_sizes, input_size, output_size
+        )
+        out_features = sum(output_partition_sizes)
+        grouped = schema.group_size != -1
+        groups = num_groups(input_size_per_partition, schema.group_size)
+
+        scale_type = GroupScaleParameter if grouped else ChannelScaleParameter
+        axes = {"input_dim": 1} if grouped else {}
+        layer.register_parameter(
+            "scales",
+            scale_type(
+                data=torch.empty(out_features, groups, dtype=schema.torch_dtype),
+                output_dim=0,
+                weight_loader=loader,
+                **axes,
+            ),
+        )
+        zero_type = PackedParameter if grouped else PackedChannelParameter
+        for width, suffix in zip(
+            PLANE_WIDTHS[schema.bits], PLANE_SUFFIXES, strict=False
+        ):
+            words = packed_size(input_size_per_partition, width)
+            layer.register_parameter(
+                f"qweight{suffix}",
+                PackedParameter(
+                    data=torch.empty(out_features, words, dtype=torch.int32),
+                    input_dim=1,
+                    output_dim=0,
+                    packed_dim=1,
+                    packed_factor=WORD_BITS // width,
+                    weight_loader=loader,
+                ),
+            )
+            words = packed_size(out_features, width)
+            layer.register_parameter(
+                f"qzeros{suffix}",
+                zero_type(
+                    data=torch.empty(words, groups, dtype=torch.int32),
+                    output_dim=0,
+                    packed_dim=0,
+                    packed_factor=WORD_BITS // width,
+                    weight_loader=loader,
+                    **axes,
+                ),
+            )
+        shards = self._outlier_shards(output_partition_sizes)
+        capacity = sum(shard.capacity for shard in shards)
+        layer.register_parameter(
+            "outliers",
+            OutlierParameter(
+                data=torch.empty(capacity, dtype=torch.int32),
+                shards=shards,
+                in_features=input_size,
+                local_in_features=input_size_per_partition,
+                value_dtype=schema.torch_dtype,
+                weight_loader=loader,
+            ),
+        )
+        layer.in_features = input_size_per_partition
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that every tensor came, and merge the shards' outlier tables."""
+        if not isinstance(layer.outliers, OutlierParameter):
+            return
+        if not layer.outliers.is_dummy:
+            self._check_loaded(layer)
+        layer.outliers = Parameter(layer.outliers.merged(), requires_grad=False)
+        fault = check_linear(self._packed(layer))
+        if fault:
+            refuse(f"{', '.join(self.names)}: {fault}")
+        prepare(self._packed(layer))
+
+    def apply(
+        self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Multiply x [..., in] with this rank's weight."""
+        return quantized_linear(x, self._packed(layer), bias)
+
+    def _packed(self, layer: torch.nn.Module) -> PackedLinear:
+        tensors = {name: getattr(layer, name) for name in tensor_names(self.schema.bits)}
+        return PackedLinear.from_tensors(tensors, self.schema.bits, layer.in_features)
+
+    def _check_sizes(
+        self,
+        local_in: int,
+        local_outs: list[int],
+        in_features: int,
+        out_features: int,
+    ) -> None:
+        """Refuse a cut that does not fall between words and groups."""
+        schema = self.schema
+        stored = [schema.linears[name] for name in self.names]
+        if any(shape[1] != in_features for shape in stored) or (
+            len(stored) > 1 and len(stored) != len(local_outs)
+        ):
+            refuse(
+                f"{', '.join(self.names)}: stored as {stored}, but the model has "
+                f"{in_features} input features and {len(local_outs)} parts"
+            )
+        group_size = max(schema.group_size, 1)
+        if local_in != in_features and (local_in % WORD_BITS or local_in % group_size):
+            refuse(
+                f"{', '.join(self.names)}: tensor parallelism leaves {local_in} of "
+                f"{in_features} input features to a rank, which cuts through a word "
+                f"of {WORD_BITS} or a group of {schema.group_size}"
+            )
+        whole = len(local_outs) == 1 and local_outs[0] == stored[0][0]
+        if not whole and any(size % WORD_BITS for size in local_outs):
+            refuse(
+                f"{', '.join(self.names)}: {local_outs} output features on a rank, "
+                f"which cuts through a word of {WORD_BITS}"
+            )
+
+    def _outlier_shards(self, local_outs: list[int]) -> list[OutlierShard]:
+        return [
+            OutlierShard(
+                name, self.schema.linears[name][0], size, self.schema.num_outliers(name)
+            )
+            for name, size in zip(self.names, local_outs, strict=True)
+        ]
+
+    def _check_loaded(self, layer: torch.nn.Module) -> None:
+        for name in tensor_names(self.schema.bits):
+            missing = len(self.names) - len(getattr(layer, name).loaded_shards)
+            if missing:
+                refuse(
+                    f"{', '.join(self.names)}: {missing} of {len(self.names)} tensors "
+                    f"named {name} are missing from the checkpoint"
+                )
+
+
+def _load_replicated(parameter: TrackedParameter, loaded_weight: Tensor) -> None:
+    parameter.load_replicated_weight(loaded_weight)
