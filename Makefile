@@ -33,7 +33,7 @@ $(DEMO)/config.json: $(MODEL) quant_config/smollm2/demo.yaml
 demo: $(DEMO)/config.json
 	$(BIN)/python examples/serve_and_ask.py $(DEMO)
 
-test: $(MODEL)
+test: $(DEMO)/config.json
 	$(BIN)/python -m pytest
 
 test-fast: $(READY)
@@ -46,8 +46,8 @@ lint: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/typos
 
-bench: $(MODEL)
-	$(BIN)/python benchmarks/run.py
+bench: $(READY)
+	$(BIN)/python benchmarks/kernels.py
 
 clean:
 	rm -rf build dist $(VENV)

@@ -90,9 +90,7 @@ def root(
 
 @app.command()
 def quantize(
-    model: Annotated[
-        str, typer.Argument(help="A Hub id, a folder, or a .gguf file.")
-    ],
+    model: Annotated[str, typer.Argument(help="A Hub id, a folder, or a .gguf file.")],
     output: Annotated[
         Path, typer.Option(help="Folder to make; must not exist or be empty.")
     ],

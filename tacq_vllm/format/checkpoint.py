@@ -59,7 +59,7 @@ class CheckpointWriter:
         if count == 1:
             os.replace(self._temporary(0), self._folder / WEIGHTS_NAME)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards):
             file_name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             os.replace(self._temporary(number), self._folder / file_name)
@@ -198,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise FormatError(f"{path}: the file is missing") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise FormatError(f"{path}: not a JSON object")

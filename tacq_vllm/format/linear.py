@@ -30,8 +30,9 @@ PLANE_SUFFIXES = ("", "_high")
 def tensor_names(bits: int) -> tuple[str, ...]:
     """The last parts of the names of a linear's tensors."""
     suffixes = PLANE_SUFFIXES[: len(PLANE_WIDTHS[bits])]
-    planes = [f"{name}{suffix}" for name in ("qweight", "qzeros") for suffix in suffixes]
-    return (*planes, "scales", "outliers")
+    weights = (f"qweight{suffix}" for suffix in suffixes)
+    zeros = (f"qzeros{suffix}" for suffix in suffixes)
+    return (*weights, *zeros, "scales", "outliers")
 
 
 @dataclass(frozen=True)

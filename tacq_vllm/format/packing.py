@@ -32,7 +32,9 @@ def pack_plane(values: Tensor, width: int, dim: int = -1) -> Tensor:
     values = values.movedim(dim, -1)
     values = pad(values.to(int64), (0, -values.shape[-1] % per_word))
     fields = values.unflatten(-1, (-1, per_word))
-    words = (fields << arange(0, WORD_BITS, width, device=values.device)).sum(-1)
+    words: Tensor = (fields << arange(0, WORD_BITS, width, device=values.device)).sum(
+        -1
+    )
     # int64 to int32 keeps the low 32 bits, which is the word's bit pattern.
     return words.to(int32).movedim(-1, dim).contiguous()
 

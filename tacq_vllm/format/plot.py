@@ -20,8 +20,9 @@ def plot_outliers(folder: Path, figures: Inspection, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(linear.name.split(".")[-1] for linear in figures.linears))
-    blocks = list(dict.fromkeys(_block(linear.name) for linear in figures.linears))
+    names = [linear.name for linear in figures.linears]
+    kinds = list(dict.fromkeys(name.split(".")[-1] for name in names))
+    blocks = list(dict.fromkeys(map(_block, names)))
     shares = np.full((len(blocks), len(kinds)), np.nan)
     rows: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     columns: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}

@@ -1,7 +1,7 @@
 """The `quantization_config` block of config.json (SPEC.md, "Configuration")."""
 
 import json
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tacq_vllm.config import StorageDtype, one_line
 from tacq_vllm.format.outliers import MAX_IN_FEATURES
 
-QUANT_METHOD = "tacq"
-FORMAT_VERSION = 1
+QUANT_METHOD: Final = "tacq"
+FORMAT_VERSION: Final = 1
 DEFAULT_CIRCUIT = "default"
 
 
@@ -31,7 +31,8 @@ class QuantizationSchema(BaseModel):
     )
     dtype: StorageDtype = Field(description="Type of scales and kept weights.")
     linears: dict[str, tuple[int, int]] = Field(
-        description="[out_features, in_features] of every quantized linear, by name."
+        min_length=1,
+        description="[out_features, in_features] of every quantized linear, by name.",
     )
     circuits: dict[str, dict[str, int]] = Field(
         description="Kept weights per linear; version 1 knows the table `default`."
@@ -71,7 +72,7 @@ class QuantizationSchema(BaseModel):
     @property
     def paper_bits(self) -> float:
         """Bits per weight by the paper's formula N - N·r + 32·r (appendix A)."""
-        ratio = sum(self.circuits[DEFAULT_CIRCUIT].values()) / max(self.num_weights, 1)
+        ratio = sum(self.circuits[DEFAULT_CIRCUIT].values()) / self.num_weights
         return self.bits * (1 - ratio) + 32 * ratio
 
 
@@ -133,5 +134,5 @@ def parse_schema(block: object) -> QuantizationSchema:
 def _to_json(block: dict[str, Any]) -> str:
     try:
         return json.dumps(block)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"quantization_config is not JSON: {error}") from error

@@ -35,7 +35,9 @@ def check_headers(folder: Path, schema: QuantizationSchema) -> None:
             raise FormatError(fault)
 
 
-def header_faults(reader: CheckpointReader, schema: QuantizationSchema) -> Iterator[str]:
+def header_faults(
+    reader: CheckpointReader, schema: QuantizationSchema
+) -> Iterator[str]:
     """Yield what the headers of the files contradict in the schema."""
     for linear in schema.linears:
         specs = linear_specs(schema, linear)

@@ -129,7 +129,7 @@ def register() -> None:
 def _dense(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = bias
+    linear.register_parameter("bias", bias)
     return linear
 
 

@@ -125,7 +125,7 @@ def run_block(
             main.switch((number, args[0]))
 
     tasks = []
-    for batch in inputs:
+    for _ in inputs:
         task = greenlet(block)
         task.stopped = set()
         tasks.append(task)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tacq_vllm.config import Recipe, StorageDtype
-from tacq_vllm.format.schema import QuantizationSchema, storage_dtype
 from tacq_vllm.format.checkpoint import CheckpointWriter
+from tacq_vllm.format.schema import QuantizationSchema, storage_dtype
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
 
@@ -44,7 +44,9 @@ def staged_folder(output: Path) -> Iterator[Path]:
     os.replace(staging, output)
 
 
-def write_unquantized(writer: CheckpointWriter, base: BaseModel, dtype: StorageDtype) -> None:
+def write_unquantized(
+    writer: CheckpointWriter, base: BaseModel, dtype: StorageDtype
+) -> None:
     """Write every tensor that is not a quantized weight, in 16 bits.
 
     Raises:
@@ -80,7 +82,7 @@ def write_config(folder: Path, base: BaseModel, schema: QuantizationSchema) -> N
 
 
 def published_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a checkpoint tells it: of files, the names without their folders."""
+    """The recipe as a checkpoint tells it: files without their folders."""
     content = recipe.model_dump(mode="json")
     sources = content["calibration"]["sources"]
     content["calibration"]["sources"] = [Path(source).name for source in sources]

@@ -54,7 +54,7 @@ class GptqResult:
     """Damping that made the Hessian's Cholesky factorization succeed."""
 
     def pack(self, kept: Tensor, bits: int) -> PackedLinear:
-        """The tensors of the checkpoint; `kept` is the mask [out, in] quantized with."""
+        """The tensors of the checkpoint; `kept` is the mask that was passed in."""
         outliers = select_outliers(self.weight.to(self.scales.dtype), kept)
         return pack_linear(self.codes, self.zeros, self.scales, outliers, bits)
 

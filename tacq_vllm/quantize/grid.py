@@ -10,6 +10,9 @@ from tacq_vllm.config import GptqConfig
 _CHUNK_WEIGHTS = 1 << 16
 """Weights searched at a time, so that the loop works in cache."""
 
+_COARSE = 4
+"""Every so many shrink factors are tried first."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -35,8 +38,9 @@ def fit_grid(
 ) -> Grid:
     """Search each row's grid that rounds W with the least error.
 
-    The range is that of the row with zero included, shrunk step by step; a row's kept
-    weights are replaced by the mean of its others (TaCQ reference; SpQR).
+    The range is that of the row with zero included, shrunk by the best of a number of
+    factors; a row's kept weights are replaced by the mean of its others (TaCQ
+    reference; SpQR).
 
     Args:
         W: float32 [out, n].
@@ -59,12 +63,17 @@ def fit_grid(
 
 
 def _search(W: Tensor, bits: int, dtype: torch.dtype, config: GptqConfig) -> Grid:
+    """Try every `_COARSE`-th shrink factor, then each row the ones around its best."""
     max_code = 2**bits - 1
     low = W.amin(1).clamp(max=0.0)
     high = W.amax(1).clamp(min=0.0)
     best_error = torch.full_like(low, torch.inf)
-    best_scales, best_zeros = torch.ones_like(low), torch.zeros_like(low)
-    for step in range(config.grid_steps):
+    best_step = torch.zeros_like(low)
+    best = Grid(torch.ones_like(low), torch.zeros_like(low), max_code)
+
+    def attempt(step: Tensor) -> None:
+        nonlocal best_error, best_step, best
+        step = step.clamp(0, config.grid_steps - 1)
         shrink = 1 - config.grid_max_shrink * step / config.grid_steps
         scales = (shrink * (high - low) / max_code).to(dtype).to(torch.float32)
         # A row of zeros, or one that the 16-bit type cannot scale, has only code 0.
@@ -74,6 +83,17 @@ def _search(W: Tensor, bits: int, dtype: torch.dtype, config: GptqConfig) -> Gri
         error = grid.values(grid.codes(W)).sub_(W).abs_().pow_(config.grid_norm).sum(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scales = torch.where(better, scales, best_scales)
-        best_zeros = torch.where(better, zeros, best_zeros)
-    return Grid(best_scales, best_zeros, max_code)
+        best_step = torch.where(better, step, best_step)
+        best = Grid(
+            torch.where(better, scales, best.scales),
+            torch.where(better, zeros, best.zeros),
+            max_code,
+        )
+
+    for step in range(0, config.grid_steps, _COARSE):
+        attempt(torch.full_like(low, step))
+    center = best_step
+    for offset in range(1 - _COARSE, _COARSE):
+        if offset:
+            attempt(center + offset)
+    return best

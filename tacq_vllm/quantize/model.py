@@ -39,7 +39,8 @@ class BaseModel:
     def block_name(self, index: int) -> str:
         """Full module name of a decoder block."""
         block = self.blocks[index]
-        return next(n for n, m in self.model.named_modules() if m is block)
+        names = (name for name, m in self.model.named_modules() if m is block)
+        return str(next(names))
 
     def block_linears(self, index: int) -> dict[str, nn.Linear]:
         """The linears of one block that are quantized, by full name."""

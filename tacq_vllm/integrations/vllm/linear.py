@@ -119,7 +119,7 @@ class TacqLinearMethod(LinearMethodBase):
                 weight_loader=loader,
             ),
         )
-        layer.in_features = input_size_per_partition
+        self.in_features = input_size_per_partition
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that every tensor came, and merge the shards' outlier tables."""
@@ -140,8 +140,10 @@ class TacqLinearMethod(LinearMethodBase):
         return quantized_linear(x, self._packed(layer), bias)
 
     def _packed(self, layer: torch.nn.Module) -> PackedLinear:
-        tensors = {name: getattr(layer, name) for name in tensor_names(self.schema.bits)}
-        return PackedLinear.from_tensors(tensors, self.schema.bits, layer.in_features)
+        tensors = {
+            name: getattr(layer, name) for name in tensor_names(self.schema.bits)
+        }
+        return PackedLinear.from_tensors(tensors, self.schema.bits, self.in_features)
 
     def _check_sizes(
         self,

@@ -29,7 +29,7 @@ from tacq_vllm.format.outliers import (
 from tacq_vllm.integrations.vllm.errors import refuse
 
 DUMMY = -1
-"""What `--load-format dummy` fills the outlier table with: no row offset is negative."""
+"""What `--load-format dummy` fills the outlier table with; no real table does."""
 
 
 class TrackedParameter(BasevLLMParameter):
@@ -161,7 +161,7 @@ class OutlierParameter(TrackedParameter):
         return bool((self.data == DUMMY).all())
 
     def merged(self) -> Tensor:
-        """The table of the whole (fused) linear on this rank, as SPEC.md lays it out."""
+        """The whole (fused) linear's table on this rank, as SPEC.md lays it out."""
         if self.is_dummy:
             parts = [self._dummy_outliers(shard) for shard in self.shards]
         else:

@@ -1,0 +1,75 @@
+"""Random linears and damaged checkpoints."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tacq_vllm.format.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from tacq_vllm.format.linear import PackedLinear, pack_linear
+from tacq_vllm.format.outliers import select_outliers
+
+
+def random_linear(
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    density: float,
+    dtype: torch.dtype,
+    seed: int,
+    outlier_rows: slice = slice(None),
+) -> tuple[PackedLinear, Tensor]:
+    """A packed linear and its dense weight, float64 [out, in].
+
+    Codes at kept weights are random too: the two parts are added, whatever they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (out_features, in_features)
+    size = in_features if group_size == -1 else group_size
+    grid_shape = (out_features, in_features // size)
+    codes = torch.randint(2**bits, shape, generator=generator)
+    zeros = torch.randint(2**bits, grid_shape, generator=generator)
+    scales = (torch.rand(grid_shape, generator=generator) * 0.1 + 0.01).to(dtype)
+    values = torch.randn(shape, generator=generator).to(dtype)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[outlier_rows] = (
+        torch.rand(mask[outlier_rows].shape, generator=generator) < density
+    )
+
+    dense = torch.empty(shape, dtype=torch.float64)
+    for column in range(in_features):
+        group = column // size
+        step = scales[:, group].double()
+        dense[:, column] = (codes[:, column] - zeros[:, group]) * step
+    dense[mask] += values[mask].double()
+    packed = pack_linear(codes, zeros, scales, select_outliers(values, mask), bits)
+    return packed, dense
+
+
+def rewrite_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Change the tensors of a checkpoint of one shard."""
+    path = folder / WEIGHTS_NAME
+    tensors = load_file(path)
+    change(tensors)
+    # The loaded tensors may be mapped from the file that is replaced.
+    temporary = path.with_suffix(".new")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def rewrite_schema(folder: Path, **fields: Any) -> None:
+    """Change fields of a checkpoint's quantization block."""
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= fields
+    path.write_text(json.dumps(config))
+
+
+def truncate(path: Path, count: int = 1) -> None:
+    """Cut bytes off the end of a file."""
+    path.write_bytes(path.read_bytes()[:-count])

@@ -1,0 +1,270 @@
+"""Loading into vLLM's linears, on every rank of a mocked tensor-parallel group."""
+
+import pytest
+import torch
+
+from tests.builders import random_linear
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.parallel_state import (
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.model_executor import parameter as vllm_parameter
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.model_loader.weight_utils import (
+    initialize_single_dummy_weight,
+)
+
+from tacq_vllm.format.linear import PackedLinear
+from tacq_vllm.format.schema import QuantizationSchema
+from tacq_vllm.integrations.vllm.config import TacqConfig
+from tacq_vllm.integrations.vllm.params import OutlierParameter
+from tacq_vllm.kernels.reference import dequantize
+
+pytestmark = pytest.mark.vllm
+
+HEAD = 32
+HIDDEN = 256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory):
+    rendezvous = tmp_path_factory.mktemp("rendezvous") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, backend="gloo")
+        initialize_model_parallel(1, 1)
+        yield
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    def pretend(rank: int, size: int) -> None:
+        for module in (vllm_linear, vllm_parameter):
+            name = "get_tensor_model_parallel_rank"
+            monkeypatch.setattr(module, name, lambda: rank)
+            name = "get_tensor_model_parallel_world_size"
+            monkeypatch.setattr(module, name, lambda: size)
+
+    return pretend
+
+
+def stored_linears(
+    shapes: dict[str, tuple[int, int]], bits: int, group_size: int
+) -> tuple[TacqConfig, dict[str, PackedLinear], dict[str, torch.Tensor]]:
+    packed, dense = {}, {}
+    for seed, (name, (out, in_)) in enumerate(shapes.items()):
+        packed[name], dense[name] = random_linear(
+            bits, out, in_, group_size, 0.02, torch.bfloat16, seed
+        )
+    schema = QuantizationSchema(
+        bits=bits,
+        group_size=group_size,
+        dtype="bfloat16",
+        linears=shapes,
+        circuits={
+            "default": {
+                name: p.outliers.numel() - p.out_features - 1
+                for name, p in packed.items()
+            }
+        },
+    )
+    config = TacqConfig(schema)
+    config.packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    return config, packed, dense
+
+
+def load(layer: nn.Module, packed: PackedLinear, shard_id: str | int | None) -> None:
+    for name, tensor in packed.tensors().items():
+        parameter = getattr(layer, name)
+        if shard_id is None:
+            parameter.weight_loader(parameter, tensor)
+        else:
+            parameter.weight_loader(parameter, tensor, shard_id)
+
+
+def loaded_weight(layer: nn.Module) -> torch.Tensor:
+    layer.quant_method.process_weights_after_loading(layer)
+    return dequantize(layer.quant_method._packed(layer), torch.float64)
+
+
+GRIDS = [(2, 32), (3, 32), (3, -1), (4, 64)]
+
+
+@pytest.mark.parametrize(("bits", "group_size"), GRIDS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_qkv_with_replicated_heads(as_rank, bits, group_size, size):
+    shapes = {
+        "attn.q_proj": (4 * HEAD, HIDDEN),
+        "attn.k_proj": (2 * HEAD, HIDDEN),
+        "attn.v_proj": (2 * HEAD, HIDDEN),
+    }
+    config, packed, dense = stored_linears(shapes, bits, group_size)
+    for rank in range(size):
+        as_rank(rank, size)
+        layer = vllm_linear.QKVParallelLinear(
+            HIDDEN, HEAD, 4, 2, bias=False, quant_config=config, prefix="attn.qkv_proj"
+        )
+        for shard_id, name in zip("qkv", shapes, strict=True):
+            load(layer, packed[name], shard_id)
+        queries = 4 // size * HEAD
+        kv_heads = max(1, 2 // size)
+        kv_rank = rank // max(1, size // 2)
+        parts = [dense["attn.q_proj"][rank * queries : (rank + 1) * queries]]
+        for name in ("attn.k_proj", "attn.v_proj"):
+            start = kv_rank * kv_heads * HEAD
+            parts.append(dense[name][start : start + kv_heads * HEAD])
+        assert torch.equal(loaded_weight(layer), torch.cat(parts))
+
+
+@pytest.mark.parametrize(("bits", "group_size"), GRIDS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_merged_columns_and_rows(as_rank, bits, group_size, size):
+    shapes = {
+        "mlp.gate_proj": (512, HIDDEN),
+        "mlp.up_proj": (512, HIDDEN),
+        "mlp.down_proj": (HIDDEN, 512),
+    }
+    config, packed, dense = stored_linears(shapes, bits, group_size)
+    cut = 512 // size
+    for rank in range(size):
+        as_rank(rank, size)
+        mine = slice(rank * cut, (rank + 1) * cut)
+        fused = vllm_linear.MergedColumnParallelLinear(
+            HIDDEN,
+            [512, 512],
+            bias=False,
+            quant_config=config,
+            prefix="mlp.gate_up_proj",
+        )
+        load(fused, packed["mlp.gate_proj"], 0)
+        load(fused, packed["mlp.up_proj"], 1)
+        expected = [dense["mlp.gate_proj"][mine], dense["mlp.up_proj"][mine]]
+        assert torch.equal(loaded_weight(fused), torch.cat(expected))
+
+        down = vllm_linear.RowParallelLinear(
+            512, HIDDEN, bias=False, quant_config=config, prefix="mlp.down_proj"
+        )
+        load(down, packed["mlp.down_proj"], None)
+        assert torch.equal(loaded_weight(down), dense["mlp.down_proj"][:, mine])
+
+
+def test_replicated_and_column_parallel_linears(as_rank):
+    config, packed, dense = stored_linears({"router": (96, 64)}, 3, 32)
+    as_rank(1, 2)
+    replicated = vllm_linear.ReplicatedLinear(
+        64, 96, bias=False, quant_config=config, prefix="router"
+    )
+    load(replicated, packed["router"], None)
+    assert torch.equal(loaded_weight(replicated), dense["router"])
+
+    config, packed, dense = stored_linears({"router": (128, 64)}, 3, 32)
+    column = vllm_linear.ColumnParallelLinear(
+        64, 128, bias=False, quant_config=config, prefix="router"
+    )
+    load(column, packed["router"], None)
+    assert torch.equal(loaded_weight(column), dense["router"][64:])
+
+
+def merged_layer(config: TacqConfig) -> nn.Module:
+    return vllm_linear.MergedColumnParallelLinear(
+        64, [128, 128], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
+    )
+
+
+GATE_UP = {"mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64)}
+
+
+@pytest.mark.parametrize("left_out", ["qweight_high", "scales", "qzeros", "outliers"])
+def test_a_tensor_that_did_not_come_is_named(left_out):
+    config, packed, _ = stored_linears(GATE_UP, 3, 32)
+    layer = merged_layer(config)
+    load(layer, packed["mlp.gate_proj"], 0)
+    for name, tensor in packed["mlp.up_proj"].tensors().items():
+        if name != left_out:
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, tensor, 1)
+    with pytest.raises(ValueError, match=f"tacq: .*1 of 2 tensors named {left_out}"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_bad_tables_and_scales_are_refused():
+    config, packed, _ = stored_linears(GATE_UP, 3, 32)
+    layer = merged_layer(config)
+    table = packed["mlp.gate_proj"].outliers.clone()
+    table[0] = 7
+    with pytest.raises(ValueError, match=r"tacq: mlp.gate_proj.outliers: row offsets"):
+        layer.outliers.weight_loader(layer.outliers, table, 0)
+
+    layer = merged_layer(config)
+    packed["mlp.up_proj"].scales[3, 1] = torch.nan
+    load(layer, packed["mlp.gate_proj"], 0)
+    load(layer, packed["mlp.up_proj"], 1)
+    with pytest.raises(ValueError, match=r"tacq: .*scales: a value is not finite"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_cuts_through_words_or_groups_are_refused(as_rank):
+    config, _, _ = stored_linears({"down": (64, 192)}, 3, 64)
+    as_rank(0, 2)
+    with pytest.raises(ValueError, match="tacq: down: tensor parallelism leaves 96"):
+        vllm_linear.RowParallelLinear(
+            192, 64, bias=False, quant_config=config, prefix="down"
+        )
+
+
+def test_half_quantized_fused_linears_are_refused():
+    config, _, _ = stored_linears({"mlp.gate_proj": (128, 64)}, 3, 32)
+    with pytest.raises(ValueError, match=r"tacq: .*mlp.up_proj is not quantized"):
+        merged_layer(config)
+
+
+def test_dummy_weights_are_a_valid_table_of_the_right_size():
+    config, packed, _ = stored_linears(GATE_UP, 3, 32)
+    layer = merged_layer(config)
+    for parameter in layer.parameters():
+        initialize_single_dummy_weight(parameter)
+    assert isinstance(layer.outliers, OutlierParameter)
+    layer.quant_method.process_weights_after_loading(layer)
+    stored = sum(p.outliers.numel() - 128 - 1 for p in packed.values())
+    assert layer.outliers.numel() == 256 + 1 + stored
+    x = torch.randn(3, 64)
+    output, _ = layer(x)
+    assert bool(output.isfinite().all())
+
+
+def test_resident_bytes_are_those_stored():
+    config, packed, _ = stored_linears(GATE_UP, 3, 32)
+    layer = merged_layer(config)
+    load(layer, packed["mlp.gate_proj"], 0)
+    load(layer, packed["mlp.up_proj"], 1)
+    layer.quant_method.process_weights_after_loading(layer)
+    resident = sum(p.nbytes for p in layer.parameters())
+    stored = sum(t.nbytes for p in packed.values() for t in p.tensors().values())
+    # Fusing saves the second table's first row offset.
+    assert resident == stored - 4
+
+
+def test_names_follow_a_model_that_renames_its_modules():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config, _, _ = stored_linears(GATE_UP, 3, 32)
+    mapper = WeightsMapper(orig_to_new_prefix={"mlp.": "model.language.mlp."})
+    config.apply_vllm_mapper(mapper)
+    config.apply_vllm_mapper(mapper)
+    layer = vllm_linear.MergedColumnParallelLinear(
+        64,
+        [128, 128],
+        bias=False,
+        quant_config=config,
+        prefix="model.language.mlp.gate_up_proj",
+    )
+    assert layer.quant_method.names == list(GATE_UP)
