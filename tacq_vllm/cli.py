@@ -27,6 +27,8 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:
+    import torch
+
     from tacq_vllm.format.inspection import Inspection
     from tacq_vllm.quantize.progress import Listener
 
@@ -293,7 +295,7 @@ def _fail(message: str) -> None:
     raise typer.Exit(2)
 
 
-def _torch_device(option: DeviceOption):  # type: ignore[no-untyped-def]
+def _torch_device(option: DeviceOption) -> "torch.device":
     import torch
 
     available = torch.cuda.is_available()

@@ -70,6 +70,11 @@ class GptqConfig(_Section):
         0.01, gt=0.0, lt=1.0, description="Share of the Hessian's mean diagonal added."
     )
     block_size: int = Field(128, ge=1, description="Columns per lazy batch update.")
+    activation_order: bool = Field(
+        True,
+        description="Round the columns with the largest inputs first, on grids fitted "
+        "before; the stored order does not change. Paper: false.",
+    )
     grid_steps: int = Field(
         80, ge=1, description="Shrink factors tried per grid, 1.0 among them."
     )

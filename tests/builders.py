@@ -41,14 +41,29 @@ def random_linear(
         torch.rand(mask[outlier_rows].shape, generator=generator) < density
     )
 
-    dense = torch.empty(shape, dtype=torch.float64)
-    for column in range(in_features):
-        group = column // size
-        step = scales[:, group].double()
-        dense[:, column] = (codes[:, column] - zeros[:, group]) * step
+    steps = codes - zeros.repeat_interleave(size, dim=1)
+    dense = steps * scales.double().repeat_interleave(size, dim=1)
     dense[mask] += values[mask].double()
     packed = pack_linear(codes, zeros, scales, select_outliers(values, mask), bits)
     return packed, dense
+
+
+def assert_is_product(
+    out: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None
+) -> None:
+    """Compare with x @ dense.T + bias in float64.
+
+    The error is measured against the size that the sum has without cancellation.
+    """
+    expected = x.double() @ dense.T
+    size = (x.double().square() @ dense.square().T).sqrt()
+    if bias is not None:
+        expected += bias.double()
+        size += bias.double().abs()
+    assert out.dtype == x.dtype
+    assert out.shape == expected.shape
+    tolerance = 1e-5 if x.dtype == torch.float32 else 1e-2
+    assert bool(((out.double() - expected).abs() <= tolerance * size).all())
 
 
 def rewrite_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:

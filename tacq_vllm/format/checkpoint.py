@@ -73,6 +73,7 @@ class CheckpointWriter:
     def _flush(self) -> None:
         path = self._temporary(len(self._shards))
         save_file(self._pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it readable by its owner alone
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

@@ -24,6 +24,11 @@ MAX_TOKENS = 8
 _TOKEN_COUNTS = (1, 2, 4, MAX_TOKENS)
 
 
+def available() -> bool:
+    """Whether this process has an OpenMP runtime that the kernel can run in."""
+    return _openmp() is not None
+
+
 def supports(x: Tensor, packed: PackedLinear) -> bool:
     """Whether the kernel serves these tensors."""
     return (
@@ -31,8 +36,7 @@ def supports(x: Tensor, packed: PackedLinear) -> bool:
         and x.numel() > 0
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and packed.in_features % 32 == 0
-        and packed.qweight.is_contiguous()
-        and packed.scales.is_contiguous()
+        and all(tensor.is_contiguous() for tensor in packed.tensors().values())
     )
 
 
@@ -76,9 +80,9 @@ def _run(x: Tensor, packed: PackedLinear, out: Tensor) -> None:
         group_size // LANES,
     )
     body = _kernel(packed.bits, packed.scales.dtype, tokens)
-    _openmp().parallel(
-        body.address, ctypes.addressof(arguments), torch.get_num_threads()
-    )
+    openmp = _openmp()
+    assert openmp is not None
+    openmp.parallel(body.address, ctypes.addressof(arguments), torch.get_num_threads())
     if target is not out:
         out[:count] = target[:count]
 
@@ -108,18 +112,22 @@ class _OpenMP:
 
 
 @functools.cache
-def _openmp() -> _OpenMP:
+def _openmp() -> _OpenMP | None:
     # PyTorch uses one that was preloaded; else its own is among the mapped files.
     everything = ctypes.CDLL(None)
     if hasattr(everything, "GOMP_parallel"):
         return _OpenMP(everything)
-    maps = Path("/proc/self/maps").read_text()
-    mapped = {line.split()[-1] for line in maps.splitlines()}
-    path = next(p for p in sorted(mapped) if "libgomp" in Path(p).name)
-    return _OpenMP(ctypes.CDLL(path))
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    for path in sorted({line.split()[-1] for line in lines}):
+        # GNU's runtime, or one of the two that stand in for it.
+        if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
+            return _OpenMP(ctypes.CDLL(path))
+    return None
 
 
 @functools.cache
 def _kernel(bits: int, dtype: torch.dtype, tokens: int) -> Any:
     openmp = _openmp()
+    assert openmp is not None
     return compile_body(bits, dtype, tokens, openmp.thread_number, openmp.num_threads)

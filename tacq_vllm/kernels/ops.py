@@ -99,4 +99,5 @@ def _cpu_module() -> ModuleType | None:
     """The numba kernels, which take a second to import, where they can run."""
     if platform.machine() != "x86_64" or importlib.util.find_spec("numba") is None:
         return None
-    return importlib.import_module("tacq_vllm.kernels.cpu_linear")
+    module = importlib.import_module("tacq_vllm.kernels.cpu_linear")
+    return module if module.available() else None

@@ -115,11 +115,15 @@ def run_block(
             change the linears' weights.
     """
     main = getcurrent()
-    group_of = {m: number for number, g in enumerate(groups) for m in g.values()}
+    group_of: dict[nn.Module, int] = {
+        linear: number
+        for number, group in enumerate(groups)
+        for linear in group.values()
+    }
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         task = getcurrent()
-        number = group_of[module]  # type: ignore[index]
+        number = group_of[module]
         if number not in task.stopped:
             task.stopped.add(number)
             main.switch((number, args[0]))

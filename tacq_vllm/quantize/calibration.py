@@ -107,7 +107,7 @@ def file_windows(
             f"{path}: {len(tokens)} tokens, fewer than one window of {config.seq_len}"
         )
     generator = torch.Generator().manual_seed(config.seed)
-    starts = torch.randint(0, last + 1, (count,), generator=generator).tolist()
+    starts = torch.randint(max(last, 1), (count,), generator=generator).tolist()
     stream = torch.tensor(tokens, dtype=torch.int64)
     return [stream[start : start + config.seq_len] for start in starts]
 

@@ -88,40 +88,47 @@ def quantize_matrix(
     out_features, in_features = W.shape
     size = in_features if group_size == -1 else group_size
     block_size = _block_size(config.block_size, size, in_features)
-    U, damp_percent = inverse_factor(H, config.damp_percent)
+    order = torch.arange(in_features, device=W.device)
+    grids: dict[int, Grid] = {}
+    if config.activation_order:
+        order = H.diagonal().argsort(descending=True, stable=True)
+        for group, columns in enumerate(range(0, in_features, size)):
+            place = slice(columns, columns + size)
+            mask = None if kept is None else kept[:, place]
+            grids[group] = fit_grid(W[:, place], mask, bits, dtype, config)
+    U, damp_percent = inverse_factor(H[order][:, order], config.damp_percent)
 
-    original = W
-    W = W.clone()
+    # In the order of rounding, a column as a contiguous row: what is still to round.
+    rest = W.T[order].contiguous()
     codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=W.device)
     values = torch.empty(in_features, out_features, device=W.device)
-    grids: list[Grid] = []
     for start in range(0, in_features, block_size):
         stop = min(start + block_size, in_features)
-        # Columns as rows: each is contiguous in the inner loop.
-        block = W[:, start:stop].T.contiguous()
-        errors = torch.empty_like(block)
-        for i, column in enumerate(range(start, stop)):
-            if column % size == 0:
-                grids.append(
-                    _fit_group(W, block, i, column, size, kept, bits, dtype, config)
-                )
-            grid, w = grids[-1], block[i]
+        errors = torch.empty(stop - start, out_features, device=W.device)
+        for step, column in enumerate(order[start:stop].tolist(), start=start):
+            group = column // size
+            mask = None if kept is None else kept[:, column : column + size]
+            if group not in grids:
+                current = rest[step : step + size].T
+                grids[group] = fit_grid(current, mask, bits, dtype, config)
+            grid, w = grids[group], rest[step]
             code = grid.codes(w)
             value = grid.values(code)
-            if kept is not None:
-                mask = kept[:, column]
-                exact = original[:, column] if keep_original else w
-                code = torch.where(mask, grid.zeros, code)
-                value = torch.where(mask, exact.to(dtype).to(torch.float32), value)
+            if mask is not None:
+                exact = W[:, column] if keep_original else w
+                code = torch.where(mask[:, 0], grid.zeros, code)
+                value = torch.where(mask[:, 0], exact.to(dtype).float(), value)
             codes[column] = code
             values[column] = value
-            errors[i] = (w - value) / U[column, column]
-            block[i + 1 :].addr_(U[column, column + 1 : stop], errors[i], alpha=-1)
-        W[:, stop:].addmm_(errors.T, U[start:stop, stop:], alpha=-1)
+            error = (w - value) / U[step, step]
+            rest[step + 1 : stop].addr_(U[step, step + 1 : stop], error, alpha=-1)
+            errors[step - start] = error
+        rest[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+    fitted = [grids[group] for group in range(in_features // size)]
     return GptqResult(
         codes=codes.T.contiguous(),
-        zeros=torch.stack([grid.zeros for grid in grids], 1).to(torch.uint8),
-        scales=torch.stack([grid.scales for grid in grids], 1).to(dtype),
+        zeros=torch.stack([grid.zeros for grid in fitted], 1).to(torch.uint8),
+        scales=torch.stack([grid.scales for grid in fitted], 1).to(dtype),
         weight=values.T.contiguous(),
         damp_percent=damp_percent,
     )
@@ -175,22 +182,3 @@ def _block_size(wanted: int, group_size: int, in_features: int) -> int:
     if group_size <= wanted:
         return group_size * (wanted // group_size)
     return math.gcd(group_size, wanted)
-
-
-def _fit_group(
-    W: Tensor,
-    block: Tensor,
-    i: int,
-    column: int,
-    size: int,
-    kept: Tensor | None,
-    bits: int,
-    dtype: torch.dtype,
-    config: GptqConfig,
-) -> Grid:
-    """Fit the grid of the group that starts at `column`, row i of the block."""
-    columns = slice(column, column + size)
-    # A group that reaches past the block starts it: W is up to date there.
-    current = block[i : i + size].T if size <= block.shape[0] else W[:, columns]
-    mask = None if kept is None else kept[:, columns]
-    return fit_grid(current, mask, bits, dtype, config)

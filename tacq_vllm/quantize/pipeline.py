@@ -239,6 +239,7 @@ def _quantize_group(
     """Quantize linears that share their input, their rows stacked into one matrix."""
     weights = [linear.weight.data for linear in group.values()]
     kept = [masks(name) for name in group]
+    stacked_kept = [mask for mask in kept if mask is not None]
     hessian = Hessian(weights[0].shape[1], weights[0].device)
     for x in xs:
         hessian.add(x)
@@ -247,7 +248,7 @@ def _quantize_group(
         stacked = quantize_matrix(
             torch.cat(weights),
             H,
-            None if kept[0] is None else torch.cat(kept),  # type: ignore[arg-type]
+            torch.cat(stacked_kept) if stacked_kept else None,
             bits=recipe.bits,
             group_size=recipe.group_size,
             dtype=storage_dtype(base.storage_dtype(recipe.export.dtype)),

@@ -1,6 +1,6 @@
 """How much each weight matters for the calibration text (TaCQ paper, section 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def needs_quantized(metric: SaliencyMetric) -> bool:
     return metric in ("tacq", "qal")
 
 
-def _accumulator(total: Tensor, power: int):  # type: ignore[no-untyped-def]
+def _accumulator(total: Tensor, power: int) -> Callable[[nn.Parameter], None]:
     def accumulate(weight: nn.Parameter) -> None:
         assert weight.grad is not None
         gradient = weight.grad.abs_()

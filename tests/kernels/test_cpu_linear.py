@@ -1,0 +1,180 @@
+import importlib.util
+import platform
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tacq_vllm.format.linear import slice_columns, slice_rows
+from tests.builders import assert_is_product, random_linear
+
+if platform.machine() != "x86_64" or importlib.util.find_spec("numba") is None:
+    pytest.skip("the kernel needs numba on x86-64", allow_module_level=True)
+
+from tacq_vllm.kernels.cpu_linear import cpu_linear, supports
+
+STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
+BITS = [2, 3, 4]
+
+
+def random_input(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+@given(
+    bits=st.sampled_from(BITS),
+    out_features=st.integers(1, 70),
+    in_features=st.sampled_from([32, 64, 96, 160, 256]),
+    group_size=st.sampled_from([-1, 16, 32]),
+    density=st.floats(0, 0.05),
+    dtype=STORAGE_DTYPES,
+    x_dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    tokens=st.integers(1, 20),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60)
+def test_any_shape(
+    bits: int,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    density: float,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    tokens: int,
+    with_bias: bool,
+    seed: int,
+) -> None:
+    packed, dense = random_linear(
+        bits, out_features, in_features, group_size, density, dtype, seed
+    )
+    x = random_input(tokens, in_features, dtype=x_dtype)
+    bias = random_input(out_features, dtype=x_dtype) if with_bias else None
+    assert supports(x, packed)
+
+    assert_is_product(cpu_linear(x, packed, bias), x, dense, bias)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("density", "rows"),
+    [
+        (0.0, slice(None)),
+        (1.0, slice(None)),
+        (1.0, slice(0, 1)),
+        (1.0, slice(36, 37)),
+        (0.5, slice(10, 20)),
+    ],
+    ids=["none", "all", "first row", "last row", "ten rows"],
+)
+def test_uneven_outliers(bits: int, density: float, rows: slice) -> None:
+    packed, dense = random_linear(
+        bits, 37, 64, 32, density, torch.bfloat16, 1, outlier_rows=rows
+    )
+    x = random_input(3, 64)
+
+    assert_is_product(cpu_linear(x, packed, None), x, dense)
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64), (3, 1, 5, 64)])
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    packed, dense = random_linear(3, 21, 64, 32, 0.02, torch.float16, 2)
+    x = random_input(*shape)
+
+    assert_is_product(cpu_linear(x, packed, None), x, dense)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda: random_input(64, 5).T,
+        lambda: random_input(5, 128)[:, ::2],
+        lambda: random_input(5, 100)[:, 3:67],
+        lambda: random_input(1, 64).expand(5, -1),
+        lambda: random_input(3, 5, 64).transpose(0, 1),
+    ],
+    ids=["transposed", "strided", "offset", "expanded", "swapped"],
+)
+def test_inputs_that_are_not_contiguous(view) -> None:
+    packed, dense = random_linear(2, 21, 64, -1, 0.02, torch.float16, 3)
+    x = view()
+
+    assert_is_product(cpu_linear(x, packed, None), x, dense)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_shards_of_a_linear(bits: int) -> None:
+    packed, dense = random_linear(bits, 96, 128, 32, 0.05, torch.float16, 4)
+    x = random_input(2, 128)
+    rows = slice_rows(packed, 32, 96)
+    columns = [slice_columns(packed, 0, 64), slice_columns(packed, 64, 128)]
+
+    assert supports(x, rows)
+    assert_is_product(cpu_linear(x, rows, None), x, dense[32:])
+    # Columns cut out of the planes are not contiguous: another kernel's work.
+    assert not any(supports(x[:, :64], part) for part in columns)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_bits_do_not_depend_on_threads_or_runs(bits: int, tokens: int) -> None:
+    packed, _ = random_linear(bits, 67, 256, 64, 0.03, torch.bfloat16, 5)
+    x = random_input(tokens, 256)
+    results = []
+
+    for threads in (1, 2, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(cpu_linear(x, packed, None))
+
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_token_does_not_see_its_neighbours(bits: int) -> None:
+    packed, _ = random_linear(bits, 33, 128, 32, 0.03, torch.bfloat16, 6)
+    x = random_input(11, 128)
+
+    together = cpu_linear(x, packed, None)
+
+    alone = torch.cat([cpu_linear(row, packed, None) for row in x.split(1)])
+    assert torch.equal(together, alone)
+
+
+def test_inputs_are_left_alone() -> None:
+    packed, _ = random_linear(3, 33, 64, 32, 0.03, torch.float16, 7)
+    x = random_input(3, 64)
+    before = [tensor.clone() for tensor in (x, *packed.tensors().values())]
+
+    cpu_linear(x, packed, None)
+
+    after = (x, *packed.tensors().values())
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("x", "in_features"),
+    [
+        (torch.zeros(0, 64), 64),
+        (torch.zeros(2, 48), 48),
+        (torch.zeros(2, 64, dtype=torch.float64), 64),
+        (torch.zeros(2, 64, device="meta"), 64),
+    ],
+    ids=["no tokens", "half a word", "float64", "another device"],
+)
+def test_what_it_leaves_to_others(x: Tensor, in_features: int) -> None:
+    packed, _ = random_linear(3, 8, in_features, 16, 0.02, torch.float16, 8)
+
+    assert not supports(x, packed)

@@ -1,0 +1,285 @@
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tacq_vllm.config import GptqConfig
+from tacq_vllm.kernels.reference import dequantize
+from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.gptq import (
+    GptqResult,
+    Hessian,
+    inverse_factor,
+    quantize_matrix,
+    relative_error,
+)
+from tacq_vllm.quantize.grid import fit_grid
+
+CONFIG = GptqConfig(grid_steps=20)
+
+
+def random_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
+    """Weights that bfloat16 holds exactly: float32 [out, in]."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(out_features, in_features, generator=generator).bfloat16().float()
+    )
+
+
+def correlated_hessian(in_features: int, seed: int = 0) -> Tensor:
+    """The Hessian of inputs that live near a few directions."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    directions = torch.randn(in_features // 4, in_features, generator=generator)
+    mixture = torch.randn(400, in_features // 4, generator=generator)
+    noise = torch.randn(400, in_features, generator=generator)
+    hessian = Hessian(in_features, torch.device("cpu"))
+    hessian.add(mixture @ directions + 0.3 * noise)
+    return hessian.mean()
+
+
+def random_mask(out_features: int, in_features: int, density: float = 0.05) -> Tensor:
+    generator = torch.Generator().manual_seed(9)
+    return torch.rand(out_features, in_features, generator=generator) < density
+
+
+def quantize(
+    W: Tensor,
+    H: Tensor,
+    kept: Tensor | None = None,
+    *,
+    bits: int = 3,
+    group_size: int = 32,
+    keep_original: bool = False,
+    **config: Any,
+) -> GptqResult:
+    return quantize_matrix(
+        W,
+        H,
+        kept,
+        bits=bits,
+        group_size=group_size,
+        dtype=torch.bfloat16,
+        keep_original=keep_original,
+        config=CONFIG.model_copy(update=config),
+    )
+
+
+def round_to_nearest(W: Tensor, bits: int, group_size: int) -> Tensor:
+    parts = []
+    for columns in W.split(group_size, dim=1):
+        grid = fit_grid(columns, None, bits, torch.bfloat16, CONFIG)
+        codes = (columns / grid.scales[:, None] + grid.zeros[:, None]).round()
+        codes = codes.clamp(0, grid.max_code)
+        parts.append((codes - grid.zeros[:, None]) * grid.scales[:, None])
+    return torch.cat(parts, dim=1)
+
+
+def test_hessian_is_the_mean_outer_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 5, 8, generator=generator) for _ in range(3)]
+    hessian = Hessian(8, torch.device("cpu"))
+
+    for batch in batches:
+        hessian.add(batch.to(torch.bfloat16))
+
+    x = torch.cat([b.bfloat16().double().reshape(-1, 8) for b in batches])
+    torch.testing.assert_close(hessian.mean().double(), x.T @ x / 30)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_gptq_beats_round_to_nearest(bits: int, group_size: int) -> None:
+    W, H = random_weight(48, 128), correlated_hessian(128)
+
+    result = quantize(W, H, bits=bits, group_size=group_size)
+
+    nearest = round_to_nearest(W, bits, group_size)
+    assert relative_error(W, result.weight, H) < 0.6 * relative_error(W, nearest, H)
+
+
+def test_without_correlation_gptq_is_round_to_nearest() -> None:
+    W = random_weight(20, 64)
+
+    result = quantize(W, torch.eye(64))
+
+    assert torch.equal(result.weight, round_to_nearest(W, 3, 32))
+
+
+def test_relative_error() -> None:
+    W, quantized = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]])
+    H = torch.tensor([[1.0, 0.5], [0.5, 2.0]])
+
+    assert relative_error(W, quantized, H) == pytest.approx(2.0 / 11.0)
+    assert relative_error(W, W, H) == 0.0
+    assert relative_error(W * 0, quantized, H) == 0.0
+
+
+@given(
+    bits=st.sampled_from([2, 3, 4]),
+    group_size=st.sampled_from([-1, 16, 32]),
+    block_size=st.integers(1, 100),
+    density=st.sampled_from([0.0, 0.05, 0.5]),
+    keep_original=st.booleans(),
+)
+def test_the_packed_linear_is_the_weight_of_the_result(
+    bits: int, group_size: int, block_size: int, density: float, keep_original: bool
+) -> None:
+    W, H = random_weight(10, 96), correlated_hessian(96)
+    kept = random_mask(10, 96, density)
+
+    result = quantize(
+        W,
+        H,
+        kept,
+        bits=bits,
+        group_size=group_size,
+        block_size=block_size,
+        keep_original=keep_original,
+        grid_steps=3,
+    )
+
+    assert torch.equal(dequantize(result.pack(kept, bits)), result.weight)
+
+
+@pytest.mark.parametrize("keep_original", [False, True])
+def test_codes_of_kept_weights_stand_for_zero(keep_original: bool) -> None:
+    W, H = random_weight(24, 64), correlated_hessian(64)
+    kept = random_mask(24, 64)
+
+    result = quantize(W, H, kept, keep_original=keep_original)
+
+    zeros = result.zeros.repeat_interleave(32, dim=1)
+    assert torch.equal(result.codes[kept], zeros[kept])
+
+
+def test_original_kept_weights_are_exact() -> None:
+    W, H = random_weight(24, 64), correlated_hessian(64)
+    kept = random_mask(24, 64)
+
+    result = quantize(W, H, kept, keep_original=True)
+
+    assert torch.equal(result.weight[kept], W[kept])
+    assert torch.equal(dequantize(result.pack(kept, 3))[kept], W[kept])
+
+
+def test_compensated_kept_weights_absorb_error() -> None:
+    W, H = random_weight(24, 64), correlated_hessian(64)
+    kept = random_mask(24, 64)
+
+    compensated = quantize(W, H, kept)
+    original = quantize(W, H, kept, keep_original=True)
+
+    assert not torch.equal(compensated.weight[kept], W[kept])
+    assert relative_error(W, compensated.weight, H) < relative_error(
+        W, original.weight, H
+    )
+
+
+def test_keeping_weights_lowers_the_error() -> None:
+    W, H = random_weight(24, 64), correlated_hessian(64)
+    W[torch.arange(24), torch.arange(24)] = 20.0
+
+    plain = quantize(W, H, group_size=-1)
+    kept = quantize(W, H, W == 20.0, group_size=-1)
+
+    error = relative_error(W, plain.weight, H)
+    assert relative_error(W, kept.weight, H) < 0.3 * error
+
+
+def test_stacked_rows_do_not_see_each_other() -> None:
+    W, H = random_weight(30, 64), correlated_hessian(64)
+    kept = random_mask(30, 64)
+
+    together = quantize(W, H, kept)
+
+    alone = [quantize(W[rows], H, kept[rows]) for rows in (slice(0, 7), slice(7, 30))]
+    assert torch.equal(together.codes, torch.cat([part.codes for part in alone]))
+    assert torch.equal(together.scales, torch.cat([part.scales for part in alone]))
+
+
+@pytest.mark.parametrize("group_size", [-1, 16, 32, 48, 96])
+@pytest.mark.parametrize("block_size", [1, 7, 32, 50, 64, 80])
+def test_block_size_is_only_about_speed(group_size: int, block_size: int) -> None:
+    W, H = random_weight(40, 96), correlated_hessian(96)
+    kept = random_mask(40, 96)
+
+    result = quantize(W, H, kept, group_size=group_size, block_size=block_size)
+
+    whole = quantize(W, H, kept, group_size=group_size, block_size=96)
+    # A sum in another order may move a value across the middle of two codes.
+    assert float((result.codes == whole.codes).float().mean()) > 0.97
+    assert relative_error(W, result.weight, H) == pytest.approx(
+        relative_error(W, whole.weight, H), rel=0.02
+    )
+
+
+def test_an_input_that_is_always_zero_is_rounded_to_nearest() -> None:
+    W, H = random_weight(16, 64), correlated_hessian(64)
+    H[5], H[:, 5] = 0.0, 0.0
+
+    result = quantize(W, H)
+
+    assert result.damp_percent == CONFIG.damp_percent
+    assert bool(result.weight.isfinite().all())
+    grid = (result.codes[:, 5], result.zeros[:, 0], result.scales[:, 0].float())
+    step = grid[2]
+    codes = (W[:, 5] / step + grid[1]).round().clamp(0, 7)
+    assert torch.equal(codes, grid[0].float())
+
+
+def test_inverse_factor() -> None:
+    H = correlated_hessian(16)
+
+    U, damp_percent = inverse_factor(H, 0.01)
+
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(16)
+    assert damp_percent == 0.01
+    assert torch.equal(U, U.triu())
+    torch.testing.assert_close(U.T @ U @ damped, torch.eye(16), rtol=0, atol=1e-3)
+
+
+def indefinite(off_diagonal: float) -> Tensor:
+    """Eigenvalues 1 ± off_diagonal: rounding can leave such a Hessian."""
+    return torch.tensor([[1.0, off_diagonal], [off_diagonal, 1.0]])
+
+
+def test_damping_doubles_until_the_factorization_succeeds() -> None:
+    _, damp_percent = inverse_factor(indefinite(1.05), 0.01)
+
+    assert damp_percent == pytest.approx(0.08)
+
+
+def test_damping_that_was_needed_is_reported() -> None:
+    H = torch.eye(16)
+    H[:2, :2] = indefinite(1.05)
+
+    result = quantize(random_weight(4, 16), H, group_size=16)
+
+    assert result.damp_percent == pytest.approx(0.08)
+
+
+def test_a_hopeless_hessian_is_refused() -> None:
+    with pytest.raises(QuantizeError, match="singular even when damped by 100%"):
+        inverse_factor(indefinite(3.0), 0.01)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_hessian_that_is_not_finite_is_refused(value: float) -> None:
+    H = torch.eye(4)
+    H[1, 2] = value
+
+    with pytest.raises(QuantizeError, match="not finite"):
+        inverse_factor(H, 0.01)
+
+
+def test_the_weight_is_left_alone() -> None:
+    W, H = random_weight(8, 32), correlated_hessian(32)
+    before = W.clone(), H.clone()
+
+    quantize(W, H, random_mask(8, 32))
+
+    assert torch.equal(W, before[0])
+    assert torch.equal(H, before[1])
