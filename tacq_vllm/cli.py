@@ -183,7 +183,10 @@ def inspect(
         if plot is not None:
             from tacq_vllm.format.plot import plot_outliers
 
-            plot_outliers(checkpoint, figures, plot)
+            try:
+                plot_outliers(checkpoint, figures, plot)
+            except ValueError as error:
+                raise InputError(f"{plot}: {error}") from error
         if as_json:
             typer.echo(json.dumps(_inspection_json(figures), indent=2))
         else:
@@ -274,8 +277,10 @@ def _one_line_errors() -> Iterator[None]:
 
     try:
         yield
-    except (FormatError, RecipeError, InputError) as error:
+    except (FormatError, RecipeError, InputError, OSError) as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        _fail(f"{error}: pip install 'tacq-vllm[quantize,plots]'")
     except ValueError as error:
         # QuantizeError comes with PyTorch: it is known only once that is loaded.
         module = sys.modules.get("tacq_vllm.quantize.errors")

@@ -23,6 +23,9 @@ from tacq_vllm.quantize.workdir import WorkDir
 settings.register_profile("tacq", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("tacq")
 
+# On tiny tensors threads mostly wait for each other.
+torch.set_num_threads(1)
+
 VOCAB_SIZE = 128
 
 

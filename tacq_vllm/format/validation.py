@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
-from tacq_vllm.format.linear import PackedLinear, check_linear, linear_specs
+from tacq_vllm.format.linear import (
+    PackedLinear,
+    check_linear,
+    linear_specs,
+    tensor_names,
+)
 from tacq_vllm.format.schema import FormatError, QuantizationSchema
 
 
@@ -52,8 +57,14 @@ def header_faults(
                     f"{stored.file_name}: {name} is {stored.dtype_name} "
                     f"{list(stored.shape)}, not {spec.dtype} {list(spec.shape)}"
                 )
-        if f"{linear}.weight" in reader:
-            yield f"{linear}.weight: a quantized linear has a dense weight too"
+    known = {*tensor_names(schema.bits), "bias"}
+    for name in reader:
+        linear, _, suffix = name.rpartition(".")
+        if linear in schema.linears and suffix not in known:
+            yield (
+                f"{reader[name].file_name}: {name}: a {schema.bits}-bit linear has no "
+                "such tensor"
+            )
 
 
 def content_faults(

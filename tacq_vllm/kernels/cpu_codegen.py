@@ -1,6 +1,12 @@
-"""LLVM code of the CPU kernel, emitted through numba."""
+"""LLVM code of the CPU kernels, emitted through numba.
 
-from collections.abc import Callable
+Both kernels walk packed rows in the same way, `LANES` codes at a time; they differ in
+what they do with the weights: multiply them into x, or store them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -13,76 +19,185 @@ from numba.extending import intrinsic
 LANES = 16
 """Codes that are unpacked at a time."""
 
-NUM_ARGUMENTS = 12
+ARGUMENTS = (
+    "qweight",
+    "qweight_high",
+    "scales",
+    "qzeros",
+    "qzeros_high",
+    "outliers",
+    "x",
+    "out",
+    "out_features",
+    "in_features",
+    "groups",
+    "steps",
+    "first_row",
+    "last_row",
+)
+"""What a kernel is given, as 64-bit integers: addresses of tensors, then sizes.
 
+`steps` of LANES columns make a group; rows from `first_row` to before `last_row` are
+worked on.
+"""
+
+_NUM_ARGUMENTS = len(ARGUMENTS)
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32 = ir.FloatType()
 _VECTOR_F32 = ir.VectorType(_F32, LANES)
 _VECTOR_I32 = ir.VectorType(_I32, LANES)
 
 
-def compile_body(
-    bits: int,
-    dtype: torch.dtype,
-    tokens: int,
-    thread_number: Callable[[], int],
-    num_threads: Callable[[], int],
-) -> Any:
-    """Compile the body of a parallel region: a C function void(void *arguments).
+@dataclass(frozen=True)
+class Team:
+    """C functions that tell a thread its place in a parallel region."""
+
+    thread_number: Callable[[], int]
+    num_threads: Callable[[], int]
+
+
+def compile_linear(bits: int, dtype: torch.dtype, tokens: int, team: Team) -> Any:
+    """Compile out[t, r] = x[t] · W[r] for `tokens` rows of x, all in float32.
 
     Args:
         bits: bits of a code.
         dtype: 16-bit type of scales and kept weights.
-        tokens: rows of x that it multiplies with.
-        thread_number: C function, the number of the calling thread in its team.
-        num_threads: C function, the size of the team.
+        tokens: rows of x.
+        team: where the calling thread is.
 
     Returns:
-        A numba function with an `address`. It takes `NUM_ARGUMENTS` 64-bit integers:
-        addresses of qweight, qweight_high, scales, qzeros, qzeros_high, outliers, x
-        (float32 [tokens, in]) and out (float32 [tokens, out]); then out_features,
-        in_features, groups, and steps of `LANES` columns in a group.
+        A C function void(int64 *arguments) with an `address`, to be called by every
+        thread of a team; a row belongs to one thread.
     """
+    row_at, share = _row_finder(bits), _row_sharer(team)
     row_dot = _row_dot(bits, dtype, tokens)
-    value_at = _load(_I16, _float_from_half(dtype))
-    word_at, float_at, store = _load(_I32), _load(_F32), _store
-    plane_width = 4 if bits == 4 else 2
+    value_at, word_at = _load(_I16, dtype), _load(_I32)
+    float_at, store = _load(_F32), _store
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
-        a = numba.carray(pointer, NUM_ARGUMENTS, numba.int64)
-        low, high, scales, zeros, zeros_high = a[0], a[1], a[2], a[3], a[4]
-        outliers, x, out = a[5], a[6], a[7]
-        rows, columns, groups, steps = a[8], a[9], a[10], a[11]
+        a = numba.carray(pointer, _NUM_ARGUMENTS, numba.int64)
+        outliers, x, out, rows, columns = a[5], a[6], a[7], a[8], a[9]
         entries = outliers + (rows + 1) * 4
-        share = (rows + num_threads() - 1) // num_threads()
-        start = thread_number() * share
-        for row in range(start, min(start + share, rows)):
-            zero_bit = row * plane_width
-            row_dot(
-                low + row * (columns * plane_width // 8),
-                high + row * (columns // 8),
-                scales + row * groups * 2,
-                zeros + (zero_bit >> 5) * groups * 4,
-                zero_bit & 31,
-                zeros_high + (row >> 5) * groups * 4,
-                row & 31,
-                x,
-                columns * 4,
-                out + row * 4,
-                rows * 4,
-                groups,
-                steps,
-            )
+        start, stop = share(a)
+        for row in range(start, stop):
+            row_dot(row_at(a, row), (x, columns * 4, out + row * 4, rows * 4))
             for index in range(word_at(outliers, row), word_at(outliers, row + 1)):
-                entry = word_at(entries, index)
+                column = word_at(entries, index) & 0xFFFF
                 value = value_at(entries + 2, 2 * index)
                 for token in range(tokens):
                     place = token * rows + row
-                    product = value * float_at(x, token * columns + (entry & 0xFFFF))
+                    product = value * float_at(x, token * columns + column)
                     store(out, place, float_at(out, place) + product)
 
     return body
+
+
+def compile_dequantize(bits: int, dtype: torch.dtype, team: Team) -> Any:
+    """Compile out[r - first_row] = W[r] in float32; otherwise as `compile_linear`."""
+    row_at, share = _row_finder(bits), _row_sharer(team)
+    row_values = _row_values(bits, dtype)
+    value_at, word_at = _load(_I16, dtype), _load(_I32)
+    float_at, store = _load(_F32), _store
+
+    @numba.cfunc(types.void(types.voidptr))
+    def body(pointer):
+        a = numba.carray(pointer, _NUM_ARGUMENTS, numba.int64)
+        outliers, out, rows, columns, first = a[5], a[7], a[8], a[9], a[12]
+        entries = outliers + (rows + 1) * 4
+        start, stop = share(a)
+        for row in range(start, stop):
+            target = out + (row - first) * columns * 4
+            row_values(row_at(a, row), target)
+            for index in range(word_at(outliers, row), word_at(outliers, row + 1)):
+                column = word_at(entries, index) & 0xFFFF
+                value = value_at(entries + 2, 2 * index)
+                store(target, column, float_at(target, column) + value)
+
+    return body
+
+
+def _row_sharer(team: Team) -> Any:
+    thread_number, num_threads = team.thread_number, team.num_threads
+
+    @numba.njit(inline="always")
+    def share(a):
+        """First row and end of the calling thread's part."""
+        size = (a[13] - a[12] + num_threads() - 1) // num_threads()
+        start = a[12] + thread_number() * size
+        return start, min(start + size, a[13])
+
+    return share
+
+
+def _row_finder(bits: int) -> Any:
+    width = 4 if bits == 4 else 2
+
+    @numba.njit(inline="always")
+    def row_at(a, row):
+        """Addresses and sizes of one row, in the order of `_Row`."""
+        columns, groups = a[9], a[10]
+        return (
+            a[0] + row * (columns * width // 8),
+            a[1] + row * (columns // 8),
+            a[2] + row * groups * 2,
+            a[3] + (row * width >> 5) * groups * 4,
+            row * width & 31,
+            a[4] + (row >> 5) * groups * 4,
+            row & 31,
+            groups,
+            a[11],
+        )
+
+    return row_at
+
+
+@dataclass(frozen=True)
+class _Row:
+    """LLVM values that describe one packed row."""
+
+    low: Any
+    high: Any
+    scales: Any
+    zeros: Any
+    zero_shift: Any
+    zeros_high: Any
+    zero_high_shift: Any
+    groups: Any
+    steps: Any
+
+
+_ROW_TYPE = types.UniTuple(types.int64, 9)
+
+
+@contextmanager
+def _each_group(
+    builder: Any, row: _Row, bits: int, dtype: torch.dtype
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Loop over groups: the first step, the zero-point and the scale, in all lanes."""
+    with cgutils.for_range(builder, row.groups, intp=_I64) as group:
+        stored = _at(builder, row.scales, group.index, _I16)
+        scale = _splat(builder, _to_float(builder, stored, dtype), _VECTOR_F32)
+        zero = _field(builder, row.zeros, group.index, row.zero_shift, bits)
+        if bits == 3:
+            top = _field(
+                builder, row.zeros_high, group.index, row.zero_high_shift, width=1
+            )
+            zero = builder.or_(zero, builder.shl(top, _I32(2)))
+        first = builder.mul(group.index, row.steps)
+        yield first, _splat(builder, zero, _VECTOR_I32), scale
+
+
+@contextmanager
+def _each_step(
+    builder: Any, row: _Row, first: Any, zero: Any, bits: int
+) -> Iterator[tuple[Any, Any]]:
+    """Loop over a group's steps: byte offset in a float row, and code - zero."""
+    with cgutils.for_range(builder, row.steps, intp=_I64) as step:
+        index = builder.add(first, step.index)
+        codes = _codes(builder, row, index, bits)
+        weight = builder.sitofp(builder.sub(codes, zero), _VECTOR_F32)
+        yield builder.mul(index, _I64(LANES * 4)), weight
 
 
 def _row_dot(bits: int, dtype: torch.dtype, tokens: int) -> Any:
@@ -91,64 +206,21 @@ def _row_dot(bits: int, dtype: torch.dtype, tokens: int) -> Any:
     Per group, 16 lanes at a time: acc[t] += (code - zero) · x[t]; then
     sum[t] += scale · acc[t]; at the end out[t] = the lanes of sum[t] added up.
     """
-    half_to_float = _float_from_half(dtype)
 
     @intrinsic
-    def row_dot(
-        typing_context,
-        low,
-        high,
-        scales,
-        zeros,
-        zero_shift,
-        zeros_high,
-        zero_high_shift,
-        x,
-        x_stride,
-        out,
-        out_stride,
-        groups,
-        steps,
-    ):
+    def row_dot(typing_context, row, places):
         def codegen(context, builder, signature, arguments):
-            (
-                low,
-                high,
-                scales,
-                zeros,
-                zero_shift,
-                zeros_high,
-                zero_high_shift,
-                x,
-                x_stride,
-                out,
-                out_stride,
-                groups,
-                steps,
-            ) = arguments
+            row = _Row(*cgutils.unpack_tuple(builder, arguments[0]))
+            x, x_stride, out, out_stride = cgutils.unpack_tuple(builder, arguments[1])
             sums = [_zeroed(builder) for _ in range(tokens)]
-            with cgutils.for_range(builder, groups, intp=_I64) as group:
-                scale = half_to_float(builder, _at(builder, scales, group.index, _I16))
-                zero = _field(builder, zeros, group.index, zero_shift, bits)
-                if bits == 3:
-                    top = _field(builder, zeros_high, group.index, zero_high_shift, 1)
-                    zero = builder.or_(zero, builder.shl(top, _I32(2)))
-                zero = _splat(builder, zero, _VECTOR_I32)
+            with _each_group(builder, row, bits, dtype) as (first, zero, scale):
                 partial = [_zeroed(builder) for _ in range(tokens)]
-                first = builder.mul(group.index, steps)
-                with cgutils.for_range(builder, steps, intp=_I64) as step:
-                    index = builder.add(first, step.index)
-                    codes = _codes(builder, low, high, index, bits)
-                    weight = builder.sitofp(builder.sub(codes, zero), _VECTOR_F32)
-                    column = builder.mul(index, _I64(LANES * 4))
+                with _each_step(builder, row, first, zero, bits) as (offset, weight):
                     for token, acc in enumerate(partial):
-                        place = builder.add(
-                            builder.add(x, column),
-                            builder.mul(x_stride, _I64(token)),
-                        )
+                        line = builder.add(x, builder.mul(x_stride, _I64(token)))
+                        place = builder.add(line, offset)
                         values = _at(builder, place, _I64(0), _VECTOR_F32)
                         _add_product(builder, acc, weight, values)
-                scale = _splat(builder, scale, _VECTOR_F32)
                 for total, acc in zip(sums, partial, strict=True):
                     _add_product(builder, total, scale, builder.load(acc))
             for token, total in enumerate(sums):
@@ -157,20 +229,43 @@ def _row_dot(bits: int, dtype: torch.dtype, tokens: int) -> Any:
                 builder.store(_lane_sum(builder, builder.load(total)), pointer)
             return context.get_dummy_value()
 
-        return types.void(*(types.int64,) * 13), codegen
+        return types.void(_ROW_TYPE, types.UniTuple(types.int64, 4)), codegen
 
     return row_dot
 
 
-def _codes(builder: Any, low: Any, high: Any, index: Any, bits: int) -> Any:
+def _row_values(bits: int, dtype: torch.dtype) -> Any:
+    """Intrinsic: store (code - zero) · scale of one row as floats."""
+
+    @intrinsic
+    def row_values(typing_context, row, out):
+        def codegen(context, builder, signature, arguments):
+            row = _Row(*cgutils.unpack_tuple(builder, arguments[0]))
+            out = arguments[1]
+            with (
+                _each_group(builder, row, bits, dtype) as (first, zero, scale),
+                _each_step(builder, row, first, zero, bits) as (offset, weight),
+            ):
+                pointer = builder.inttoptr(
+                    builder.add(out, offset), _VECTOR_F32.as_pointer()
+                )
+                builder.store(builder.fmul(weight, scale), pointer, align=4)
+            return context.get_dummy_value()
+
+        return types.void(_ROW_TYPE, types.int64), codegen
+
+    return row_values
+
+
+def _codes(builder: Any, row: _Row, index: Any, bits: int) -> Any:
     """The 16 codes at step `index` of a row, as 32-bit lanes."""
     if bits == 4:
-        pair = _at(builder, low, index, ir.VectorType(_I32, 2))
+        pair = _at(builder, row.low, index, ir.VectorType(_I32, 2))
         picks = ir.Constant(_VECTOR_I32, [0] * 8 + [1] * 8)
         words = builder.shuffle_vector(pair, pair, picks)
         shifts = ir.Constant(_VECTOR_I32, [4 * (lane % 8) for lane in range(LANES)])
     else:
-        words = _splat(builder, _at(builder, low, index, _I32), _VECTOR_I32)
+        words = _splat(builder, _at(builder, row.low, index, _I32), _VECTOR_I32)
         shifts = ir.Constant(_VECTOR_I32, [2 * lane for lane in range(LANES)])
     mask = ir.Constant(_VECTOR_I32, [15 if bits == 4 else 3] * LANES)
     codes = builder.and_(builder.lshr(words, shifts), mask)
@@ -178,16 +273,16 @@ def _codes(builder: Any, low: Any, high: Any, index: Any, bits: int) -> Any:
         return codes
     # The 16 bits of the high plane are one lane mask.
     lanes = builder.bitcast(
-        _at(builder, high, index, _I16), ir.VectorType(ir.IntType(1), LANES)
+        _at(builder, row.high, index, _I16), ir.VectorType(ir.IntType(1), LANES)
     )
     four, none = (ir.Constant(_VECTOR_I32, [value] * LANES) for value in (4, 0))
     return builder.or_(codes, builder.select(lanes, four, none))
 
 
-def _field(builder: Any, base: Any, index: Any, shift: Any, bits: int) -> Any:
-    """The packed zero-point (or its high bit) in word `index`."""
+def _field(builder: Any, base: Any, index: Any, shift: Any, width: int) -> Any:
+    """The packed zero-point (3 bits: its low or high part) in word `index`."""
     word = builder.lshr(_at(builder, base, index, _I32), builder.trunc(shift, _I32))
-    return builder.and_(word, _I32({1: 1, 2: 3, 3: 3, 4: 15}[bits]))
+    return builder.and_(word, _I32({1: 1, 2: 3, 3: 3, 4: 15}[width]))
 
 
 def _at(builder: Any, base: Any, index: Any, kind: Any) -> Any:
@@ -229,20 +324,16 @@ def _lane_sum(builder: Any, vector: Any) -> Any:
     return builder.call(function, [_F32(0.0), vector], fastmath=("reassoc",))
 
 
-def _float_from_half(dtype: torch.dtype) -> Callable[[Any, Any], Any]:
-    """Emitter: the 16 bits of a stored value to a float."""
-
-    def convert(builder: Any, bits: Any) -> Any:
-        if dtype == torch.float16:
-            return builder.fpext(builder.bitcast(bits, ir.HalfType()), _F32)
-        word = builder.shl(builder.zext(bits, _I32), _I32(16))
-        return builder.bitcast(word, _F32)
-
-    return convert
+def _to_float(builder: Any, bits: Any, dtype: torch.dtype) -> Any:
+    """The 16 bits of a stored value as a float."""
+    if dtype == torch.float16:
+        return builder.fpext(builder.bitcast(bits, ir.HalfType()), _F32)
+    word = builder.shl(builder.zext(bits, _I32), _I32(16))
+    return builder.bitcast(word, _F32)
 
 
-def _load(kind: Any, convert: Callable[[Any, Any], Any] | None = None) -> Any:
-    """Intrinsic: element `index` of an array at an address."""
+def _load(kind: Any, dtype: torch.dtype | None = None) -> Any:
+    """Intrinsic: element `index` of an array at an address; `dtype` of 16-bit ones."""
     result = types.int32 if kind is _I32 else types.float32
 
     @intrinsic
@@ -250,7 +341,7 @@ def _load(kind: Any, convert: Callable[[Any, Any], Any] | None = None) -> Any:
         def codegen(context, builder, signature, arguments):
             base, index = arguments
             value = _at(builder, base, index, kind)
-            return value if convert is None else convert(builder, value)
+            return value if dtype is None else _to_float(builder, value, dtype)
 
         return result(types.int64, types.int64), codegen
 

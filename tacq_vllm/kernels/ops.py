@@ -1,9 +1,9 @@
 """The `tacq::` custom op and the choice of kernel behind it.
 
-| device | few tokens | many |
-| --- | --- | --- |
-| x86 CPU with numba | `cpu_linear` | `reference`, in blocks |
-| else | `reference` | `reference` |
+| device | kernel |
+| --- | --- |
+| x86 CPU, where numba is installed | `cpu_linear` |
+| else | `reference`, in blocks of rows |
 """
 
 import functools
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels.reference import linear_forward
-
-MAX_CPU_TOKENS = 16
-"""Rows of x past which dequantizing blocks and a dense product are faster."""
 
 
 @torch.library.custom_op("tacq::linear", mutates_args=())
@@ -44,7 +41,7 @@ def _linear(
         bits=bits,
         in_features=x.shape[-1],
     )
-    if x.device.type == "cpu" and x[..., 0].numel() <= MAX_CPU_TOKENS:
+    if x.device.type == "cpu":
         cpu_linear = _cpu_module()
         if cpu_linear is not None and cpu_linear.supports(x, packed):
             result: Tensor = cpu_linear.cpu_linear(x, packed, bias)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,7 @@ def file_windows(
 def _self_prompt(tokenizer: Any) -> Tensor:
     if getattr(tokenizer, "chat_template", None):
         chat = [{"role": "user", "content": _CONTENT_MARK}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        opening = text.split(_CONTENT_MARK)[0]
+        opening = _render_chat(tokenizer, chat, SELF).split(_CONTENT_MARK)[0]
         ids = tokenizer(opening, add_special_tokens=False).input_ids
     else:
         first = tokenizer.bos_token_id
@@ -127,21 +127,24 @@ def _self_prompt(tokenizer: Any) -> Tensor:
 def _read_texts(tokenizer: Any, path: Path) -> Iterator[str]:
     opener = gzip.open if path.suffix == ".gz" else open
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    with opener(path, "rt", encoding="utf-8") as file:
-        if kind == ".txt":
-            yield file.read()
-        elif kind == ".jsonl":
+    if kind not in (".txt", ".jsonl"):
+        raise QuantizeError(f"{path}: a .txt or .jsonl file (.gz) is expected")
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            if kind == ".txt":
+                yield file.read()
+                return
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _sample_text(tokenizer, line, f"{path}, line {number}")
-        else:
-            raise QuantizeError(f"{path}: a .txt or .jsonl file (.gz) is expected")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise QuantizeError(f"{path}: cannot be read: {error}") from error
 
 
 def _sample_text(tokenizer: Any, line: str, where: str) -> str:
     try:
         sample = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise QuantizeError(f"{where}: not JSON: {error}") from error
     match sample:
         case {"text": str(text)}:
@@ -149,8 +152,15 @@ def _sample_text(tokenizer: Any, line: str, where: str) -> str:
         case {"prompt": str(prompt), "completion": str(completion)}:
             return prompt + completion
         case {"messages": list(messages)}:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-            return str(text)
+            return _render_chat(tokenizer, messages, where)
     raise QuantizeError(
         f"{where}: none of `text`, `prompt` with `completion`, or `messages`"
     )
+
+
+def _render_chat(tokenizer: Any, messages: list[Any], where: str) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # A template is a program: it may fail in any way.
+        reason = " ".join(str(error).split())
+        raise QuantizeError(f"{where}: the chat template fails: {reason}") from error

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -94,14 +95,15 @@ def load_base_model(model: str, device: torch.device) -> BaseModel:
             extra["quantization_config"] = GgufConfig(dequantize=True)
         loaded = AutoModelForCausalLM.from_pretrained(**source, **extra)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         if isinstance(error, QuantizeError):
             raise
         reason = str(error).strip().splitlines()[0]
         raise QuantizeError(f"{model}: cannot be loaded: {reason}") from error
     loaded.eval().requires_grad_(False).to(device)
+    name = path.absolute().name if path.is_dir() else model
     return BaseModel(
-        name=path.stem if path.exists() else model,
+        name=path.stem if path.suffix == ".gguf" else name,
         model=loaded,
         tokenizer=tokenizer,
         stored_dtype=config.dtype or torch.float32,

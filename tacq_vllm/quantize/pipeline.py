@@ -181,9 +181,11 @@ def gptq_pass(
                         f"error {report.error:.2e}"
                     )
 
-            run_block(block, index, inputs, group_linears(linears), on_group)
-            for name, module in linears.items():
-                module.weight.data = originals[name]
+            try:
+                run_block(block, index, inputs, group_linears(linears), on_group)
+            finally:
+                for name, module in linears.items():
+                    module.weight.data = originals[name]
 
 
 def _select(

@@ -59,7 +59,7 @@ HEADER_FAULTS = [
         "qzeros is I32 [4, 1], not torch.int32 [4, 2]",
     ),
     (replace(f"{LINEAR}.outliers", lambda t: t[:-1].clone()), "outliers is I32 ["),
-    (add_dense, "weight: a quantized linear has a dense weight too"),
+    (add_dense, "weight: a 3-bit linear has no such tensor"),
 ]
 
 CONTENT_FAULTS = [
@@ -144,6 +144,15 @@ def test_later_format_version(checkpoint_copy: Path) -> None:
     (line,) = find_faults(checkpoint_copy)
 
     assert "format_version 2 is not known" in line
+
+
+def test_bits_that_leave_planes_over(checkpoint_copy: Path) -> None:
+    rewrite_schema(checkpoint_copy, bits=2)
+
+    lines = find_faults(checkpoint_copy)
+
+    assert len(lines) == 28
+    assert all("_high: a 2-bit linear has no such tensor" in line for line in lines)
 
 
 def test_counts_that_differ_from_the_tables(checkpoint_copy: Path) -> None:

@@ -1,0 +1,246 @@
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
+
+import tacq_vllm.integrations.transformers as integration
+from tacq_vllm.config import Recipe
+from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
+from tacq_vllm.format.schema import FormatError
+from tacq_vllm.format.validation import find_faults
+from tacq_vllm.layers import TacqLinear
+from tacq_vllm.quantize.model import load_base_model
+from tests.builders import rewrite_schema, rewrite_tensors, truncate
+from tests.conftest import VOCAB_SIZE, make_tokenizer, run_pipeline
+
+LINEAR = "model.layers.1.self_attn.o_proj"
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    """More tokens than the kernel for few of them serves, and as few as one."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(VOCAB_SIZE, (2, 20), generator=generator)
+
+
+@pytest.fixture(scope="module")
+def biased_checkpoint(
+    tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A quantized Qwen2, whose attention has biases."""
+    folder = tmp_path_factory.mktemp("biased")
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.1,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.to(torch.bfloat16).save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    base = load_base_model(str(folder / "base"), torch.device("cpu"))
+    run_pipeline(base, tiny_recipe, folder / "quantized", folder / "work")
+    return folder / "quantized"
+
+
+def test_importing_registers() -> None:
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["tacq"] is integration.TacqConfig
+    assert AUTO_QUANTIZER_MAPPING["tacq"] is integration.TacqQuantizer
+
+
+def test_registering_twice_does_nothing() -> None:
+    integration.register()
+    importlib.reload(integration)
+
+    # A second import has classes of its own: the first stay registered.
+    assert AUTO_QUANTIZER_MAPPING["tacq"].__name__ == "TacqQuantizer"
+    assert AUTO_QUANTIZER_MAPPING["tacq"] is not integration.TacqQuantizer
+
+
+def test_linears_are_packed(tiny_checkpoint: Path) -> None:
+    model = load(tiny_checkpoint, torch.bfloat16)
+    stored = load_file(tiny_checkpoint / WEIGHTS_NAME)
+
+    for name in read_schema(tiny_checkpoint).linears:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, TacqLinear)
+        for suffix, tensor in linear.packed.tensors().items():
+            assert torch.equal(tensor, stored[f"{name}.{suffix}"])
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "biased_checkpoint"])
+@torch.no_grad()
+def test_logits_are_those_of_the_dequantized_model(
+    request: pytest.FixtureRequest, checkpoint: str, tokens: Tensor
+) -> None:
+    folder = request.getfixturevalue(checkpoint)
+    packed, dense = load(folder), load(folder)
+
+    dense = dense.dequantize()
+
+    assert not any(isinstance(module, TacqLinear) for module in dense.modules())
+    for x in (tokens, tokens[:1, :1]):
+        logits = packed(x).logits
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, dense(x).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_logits_are_near_those_of_the_base_model(
+    tiny_model: Path, tiny_checkpoint: Path, tokens: Tensor
+) -> None:
+    expected = load(tiny_model)(tokens).logits
+
+    logits = load(tiny_checkpoint)(tokens).logits
+
+    error = (logits - expected).norm() / expected.norm()
+    # A random model of three bits: far from exact, and far from unrelated, which
+    # would be a distance of √2.
+    assert 0.01 < error < 0.8
+
+
+def test_the_cache_and_the_prompt_agree(tiny_checkpoint: Path, tokens: Tensor) -> None:
+    model = load(tiny_checkpoint)
+
+    text = model.generate(
+        tokens[:1], max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
+
+    with torch.no_grad():
+        choices = model(text).logits.argmax(-1)
+    new = text[0, tokens.shape[1] :]
+    # EOS is ruled out while fewer tokens than asked for are written.
+    free = new != 2
+    assert torch.equal(choices[0, tokens.shape[1] - 1 : -1][free], new[free])
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "biased_checkpoint"])
+def test_saving_gives_the_same_checkpoint(
+    request: pytest.FixtureRequest, checkpoint: str, tmp_path: Path, tokens: Tensor
+) -> None:
+    folder = request.getfixturevalue(checkpoint)
+    model = load(folder, torch.bfloat16)
+
+    model.save_pretrained(tmp_path)
+
+    assert find_faults(tmp_path) == []
+    assert read_schema(tmp_path) == read_schema(folder)
+    first = load_file(folder / WEIGHTS_NAME)
+    second = load_file(tmp_path / WEIGHTS_NAME)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with torch.no_grad():
+        logits = load(tmp_path, torch.bfloat16)(tokens).logits
+        assert torch.equal(logits, model(tokens).logits)
+
+
+@torch.no_grad()
+def test_dequantized_weights_can_be_saved(
+    tiny_checkpoint: Path, tmp_path: Path, tokens: Tensor
+) -> None:
+    model = load(tiny_checkpoint).dequantize()
+
+    model.save_pretrained(tmp_path)
+
+    assert torch.equal(load(tmp_path)(tokens).logits, model(tokens).logits)
+
+
+def put(name: str, index: int, value: float) -> Callable[[Path], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[index] = value
+
+    return lambda folder: rewrite_tensors(folder, change)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: rewrite_tensors(folder, lambda tensors: tensors.pop(name))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: truncate(folder / WEIGHTS_NAME), "truncated"),
+        (remove(f"{LINEAR}.scales"), f"{LINEAR}.scales: the tensor is missing"),
+        (
+            put(f"{LINEAR}.scales", 3, float("nan")),
+            f"{LINEAR}.scales: a value is not finite",
+        ),
+        (
+            put(f"{LINEAR}.outliers", -1, 64),
+            f"{LINEAR}.outliers: column 64 is outside 64",
+        ),
+        (put(f"{LINEAR}.outliers", 1, -7), f"{LINEAR}.outliers: row offsets run"),
+        (
+            lambda folder: rewrite_schema(folder, format_version=2),
+            "format_version 2 is not known",
+        ),
+        (lambda folder: rewrite_schema(folder, bits=2), "no such tensor"),
+        (
+            lambda folder: rewrite_schema(
+                folder,
+                linears={"model.layers.7.up_proj": [64, 64]},
+                circuits={"default": {"model.layers.7.up_proj": 0}},
+            ),
+            "model.layers.7.up_proj",
+        ),
+    ],
+    ids=[
+        "truncated",
+        "missing",
+        "nan",
+        "column",
+        "offsets",
+        "version",
+        "bits",
+        "linears",
+    ],
+)
+def test_broken_checkpoints_are_refused(
+    checkpoint_copy: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    damage(checkpoint_copy)
+
+    with pytest.raises(FormatError) as caught:
+        load(checkpoint_copy)
+    assert reason in str(caught.value)
+
+
+def test_a_module_of_another_shape_is_refused(checkpoint_copy: Path) -> None:
+    config = checkpoint_copy / "config.json"
+    config.write_text(
+        config.read_text().replace(
+            '"intermediate_size": 128', '"intermediate_size": 96'
+        )
+    )
+
+    with pytest.raises(FormatError, match=r"mlp\.\S+: the model has Linear"):
+        load(checkpoint_copy)
