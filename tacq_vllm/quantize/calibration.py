@@ -99,18 +99,24 @@ def file_windows(
         raise QuantizeError(
             f"calibration source {str(path)!r}: no such file (and not `{SELF}`)"
         )
-    tokens: list[int] = []
-    for text in _read_texts(tokenizer, path):
-        tokens += tokenizer(text).input_ids
-    last = len(tokens) - config.seq_len
+    tokens = read_tokens(tokenizer, path)
+    last = tokens.numel() - config.seq_len
     if last < 0:
         raise QuantizeError(
-            f"{path}: {len(tokens)} tokens, fewer than one window of {config.seq_len}"
+            f"{path}: {tokens.numel()} tokens, fewer than one window of "
+            f"{config.seq_len}"
         )
     generator = torch.Generator().manual_seed(config.seed)
     starts = torch.randint(max(last, 1), (count,), generator=generator).tolist()
-    stream = torch.tensor(tokens, dtype=torch.int64)
-    return [stream[start : start + config.seq_len] for start in starts]
+    return [tokens[start : start + config.seq_len] for start in starts]
+
+
+def read_tokens(tokenizer: Any, path: Path) -> Tensor:
+    """All samples of a `.txt` or `.jsonl` file, tokenized and joined: int64 [n]."""
+    tokens: list[int] = []
+    for text in _read_texts(tokenizer, path):
+        tokens += tokenizer(text).input_ids
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
 def _self_prompt(tokenizer: Any) -> Tensor:

@@ -14,7 +14,11 @@ from tests.builders import assert_is_product, random_linear
 if platform.machine() != "x86_64" or importlib.util.find_spec("numba") is None:
     pytest.skip("the kernel needs numba on x86-64", allow_module_level=True)
 
-from tacq_vllm.kernels.cpu_linear import cpu_linear, supports
+from tacq_vllm.kernels import cpu_linear as kernel
+from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, cpu_linear, supports
+
+if not kernel.available():
+    pytest.skip("PyTorch runs without OpenMP", allow_module_level=True)
 
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 BITS = [2, 3, 4]
@@ -76,9 +80,9 @@ def test_uneven_outliers(bits: int, density: float, rows: slice) -> None:
     packed, dense = random_linear(
         bits, 37, 64, 32, density, torch.bfloat16, 1, outlier_rows=rows
     )
-    x = random_input(3, 64)
-
-    assert_is_product(cpu_linear(x, packed, None), x, dense)
+    for tokens in (3, MAX_FUSED_TOKENS + 1):
+        x = random_input(tokens, 64)
+        assert_is_product(cpu_linear(x, packed, None), x, dense)
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64), (3, 1, 5, 64)])
@@ -107,6 +111,17 @@ def test_inputs_that_are_not_contiguous(view) -> None:
     assert_is_product(cpu_linear(x, packed, None), x, dense)
 
 
+@pytest.mark.parametrize("block_weights", [1, 64, 7 * 64])
+def test_blocks_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, block_weights: int
+) -> None:
+    packed, dense = random_linear(3, 50, 64, 16, 0.03, torch.float16, 10)
+    x = random_input(MAX_FUSED_TOKENS + 1, 64)
+    monkeypatch.setattr(kernel, "BLOCK_WEIGHTS", block_weights)
+
+    assert_is_product(cpu_linear(x, packed, None), x, dense)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_shards_of_a_linear(bits: int) -> None:
     packed, dense = random_linear(bits, 96, 128, 32, 0.05, torch.float16, 4)
@@ -129,7 +144,7 @@ def restore_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize("tokens", [1, 3, MAX_FUSED_TOKENS, 20])
 def test_bits_do_not_depend_on_threads_or_runs(bits: int, tokens: int) -> None:
     packed, _ = random_linear(bits, 67, 256, 64, 0.03, torch.bfloat16, 5)
     x = random_input(tokens, 256)
@@ -145,7 +160,7 @@ def test_bits_do_not_depend_on_threads_or_runs(bits: int, tokens: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_a_token_does_not_see_its_neighbours(bits: int) -> None:
     packed, _ = random_linear(bits, 33, 128, 32, 0.03, torch.bfloat16, 6)
-    x = random_input(11, 128)
+    x = random_input(MAX_FUSED_TOKENS, 128)
 
     together = cpu_linear(x, packed, None)
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from tacq_vllm.format.linear import PackedLinear, slice_columns
 from tacq_vllm.kernels import ops
-from tacq_vllm.kernels.ops import MAX_CPU_TOKENS, prepare, quantized_linear
+from tacq_vllm.kernels.ops import prepare, quantized_linear
 from tacq_vllm.kernels.reference import linear_forward
 from tests.builders import assert_is_product, random_linear
 
@@ -30,7 +30,7 @@ def op_arguments(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("tokens", [0, 1, MAX_CPU_TOKENS, MAX_CPU_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [0, 1, 8, 40])
 def test_every_number_of_tokens(bits: int, tokens: int) -> None:
     packed, dense = random_linear(bits, 24, 64, 32, 0.03, torch.bfloat16, 0)
     x, bias = random_input(tokens, 64), random_input(24)
@@ -38,7 +38,7 @@ def test_every_number_of_tokens(bits: int, tokens: int) -> None:
     assert_is_product(quantized_linear(x, packed, bias), x, dense, bias)
 
 
-@pytest.mark.parametrize("tokens", [1, MAX_CPU_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("in_features", [48, 64])
 def test_without_numba_the_reference_serves(
     monkeypatch: pytest.MonkeyPatch, tokens: int, in_features: int
@@ -85,7 +85,7 @@ def test_compiles_without_graph_breaks() -> None:
     def step(x: Tensor) -> Tensor:
         return quantized_linear(x * 2, packed, None).relu()
 
-    for tokens in (3, 5, MAX_CPU_TOKENS + 1):
+    for tokens in (3, 5, 40):
         x = random_input(tokens, 64)
         assert torch.equal(step(x), quantized_linear(x * 2, packed, None).relu())
     assert len(graphs) == 1

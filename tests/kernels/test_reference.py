@@ -59,8 +59,9 @@ def test_linear_forward(
     seed: int,
 ) -> None:
     packed, dense = random_linear(bits, 40, 96, 32, 0.03, dtype, seed)
-    x = torch.randn(*shape, 96).to(x_dtype)
-    bias = torch.randn(40).to(x_dtype) if with_bias else None
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, 96, generator=generator).to(x_dtype)
+    bias = torch.randn(40, generator=generator).to(x_dtype) if with_bias else None
 
     out = linear_forward(x, packed, bias)
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     ReplicatedLinear,
@@ -120,14 +121,19 @@ class TacqLinearMethod(LinearMethodBase):
             ),
         )
         self.in_features = input_size_per_partition
+        load_format = get_current_vllm_config().load_config.load_format
+        self.is_dummy_load = load_format == "dummy"
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that every tensor came, and merge the shards' outlier tables."""
         if not isinstance(layer.outliers, OutlierParameter):
             return
-        if not layer.outliers.is_dummy:
+        if self.is_dummy_load:
+            table = layer.outliers.dummy()
+        else:
             self._check_loaded(layer)
-        layer.outliers = Parameter(layer.outliers.merged(), requires_grad=False)
+            table = layer.outliers.merged()
+        layer.outliers = Parameter(table, requires_grad=False)
         fault = check_linear(self._packed(layer))
         if fault:
             refuse(f"{', '.join(self.names)}: {fault}")

@@ -28,9 +28,6 @@ from tacq_vllm.format.outliers import (
 )
 from tacq_vllm.integrations.vllm.errors import refuse
 
-DUMMY = -1
-"""What `--load-format dummy` fills the outlier table with; no real table does."""
-
 
 class TrackedParameter(BasevLLMParameter):
     """Remembers which logical shards (q, k, v; gate, up) have been loaded."""
@@ -107,8 +104,6 @@ class OutlierParameter(TrackedParameter):
     segment has room for all of them; `merged` gives the one exact table.
     """
 
-    dummy_weight_value = DUMMY
-
     def __init__(
         self,
         shards: list[OutlierShard],
@@ -155,20 +150,17 @@ class OutlierParameter(TrackedParameter):
         self._load_rows(0, loaded_weight, 0)
         self.loaded_shards.add(None)
 
-    @property
-    def is_dummy(self) -> bool:
-        """Whether `--load-format dummy` filled the table."""
-        return bool((self.data == DUMMY).all())
-
     def merged(self) -> Tensor:
         """The whole (fused) linear's table on this rank, as SPEC.md lays it out."""
-        if self.is_dummy:
-            parts = [self._dummy_outliers(shard) for shard in self.shards]
-        else:
-            parts = [
-                self._decode_segment(segment, shard)
-                for segment, shard in zip(self._segments(), self.shards, strict=True)
-            ]
+        parts = [
+            self._decode_segment(segment, shard)
+            for segment, shard in zip(self._segments(), self.shards, strict=True)
+        ]
+        return encode_outliers(merge_outliers(parts))
+
+    def dummy(self) -> Tensor:
+        """A table of the right size for `--load-format dummy`, its values zero."""
+        parts = [self._dummy_outliers(shard) for shard in self.shards]
         return encode_outliers(merge_outliers(parts)).to(self.device)
 
     def _load_rows(self, index: int, table: Tensor, rank: int) -> None:
