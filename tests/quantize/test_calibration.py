@@ -184,6 +184,15 @@ def test_the_model_writes_windows_itself(tiny_base: BaseModel) -> None:
     assert len({tuple(window.tolist()) for window in windows}) == 37
 
 
+def test_the_end_of_a_turn_does_not_end_a_window(tiny_base: BaseModel) -> None:
+    windows = torch.stack(generate_windows(tiny_base, make_config(), 96, Progress()))
+
+    ends = (windows[:, :-1] == tiny_base.tokenizer.eos_token_id).nonzero()
+    assert len(ends) > 0
+    # Padding would be zeros.
+    assert any(int(windows[row, column + 1]) for row, column in ends.tolist())
+
+
 def test_self_windows_are_seeded(tiny_base: BaseModel) -> None:
     torch.manual_seed(3)
     state = torch.random.get_rng_state()

@@ -77,6 +77,13 @@ def round_to_nearest(W: Tensor, bits: int, group_size: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def nearest_codes(result: GptqResult, W: Tensor, column: int) -> Tensor:
+    """Codes next to the weights of a column in the first group: uint8 [out]."""
+    scales = result.scales[:, 0].float()
+    codes = (W[:, column] / scales).round() + result.zeros[:, 0]
+    return codes.clamp(0, 7).to(torch.uint8)
+
+
 def test_hessian_is_the_mean_outer_product() -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(2, 5, 8, generator=generator) for _ in range(3)]
@@ -91,10 +98,15 @@ def test_hessian_is_the_mean_outer_product() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("group_size", [32, 128])
-def test_gptq_beats_round_to_nearest(bits: int, group_size: int) -> None:
+@pytest.mark.parametrize("activation_order", [False, True])
+def test_gptq_beats_round_to_nearest(
+    bits: int, group_size: int, activation_order: bool
+) -> None:
     W, H = random_weight(48, 128), correlated_hessian(128)
 
-    result = quantize(W, H, bits=bits, group_size=group_size)
+    result = quantize(
+        W, H, bits=bits, group_size=group_size, activation_order=activation_order
+    )
 
     nearest = round_to_nearest(W, bits, group_size)
     assert relative_error(W, result.weight, H) < 0.6 * relative_error(W, nearest, H)
@@ -123,9 +135,15 @@ def test_relative_error() -> None:
     block_size=st.integers(1, 100),
     density=st.sampled_from([0.0, 0.05, 0.5]),
     keep_original=st.booleans(),
+    activation_order=st.booleans(),
 )
 def test_the_packed_linear_is_the_weight_of_the_result(
-    bits: int, group_size: int, block_size: int, density: float, keep_original: bool
+    bits: int,
+    group_size: int,
+    block_size: int,
+    density: float,
+    keep_original: bool,
+    activation_order: bool,
 ) -> None:
     W, H = random_weight(10, 96), correlated_hessian(96)
     kept = random_mask(10, 96, density)
@@ -138,6 +156,7 @@ def test_the_packed_linear_is_the_weight_of_the_result(
         group_size=group_size,
         block_size=block_size,
         keep_original=keep_original,
+        activation_order=activation_order,
         grid_steps=3,
     )
 
@@ -202,18 +221,42 @@ def test_stacked_rows_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("group_size", [-1, 16, 32, 48, 96])
 @pytest.mark.parametrize("block_size", [1, 7, 32, 50, 64, 80])
-def test_block_size_is_only_about_speed(group_size: int, block_size: int) -> None:
+@pytest.mark.parametrize("activation_order", [False, True])
+def test_block_size_is_only_about_speed(
+    group_size: int, block_size: int, activation_order: bool
+) -> None:
     W, H = random_weight(40, 96), correlated_hessian(96)
     kept = random_mask(40, 96)
 
-    result = quantize(W, H, kept, group_size=group_size, block_size=block_size)
+    result, whole = (
+        quantize(
+            W,
+            H,
+            kept,
+            group_size=group_size,
+            block_size=size,
+            activation_order=activation_order,
+        )
+        for size in (block_size, 96)
+    )
 
-    whole = quantize(W, H, kept, group_size=group_size, block_size=96)
     # A sum in another order may move a value across the middle of two codes.
     assert float((result.codes == whole.codes).float().mean()) > 0.97
     assert relative_error(W, result.weight, H) == pytest.approx(
         relative_error(W, whole.weight, H), rel=0.02
     )
+
+
+def test_the_strongest_inputs_are_rounded_first() -> None:
+    # Only the first column to be rounded has not taken up another's error.
+    W, H = random_weight(16, 32), correlated_hessian(32)
+    H[20] *= 10.0
+    H[:, 20] *= 10.0
+
+    for activation_order, first, later in ((True, 20, 0), (False, 0, 20)):
+        result = quantize(W, H, activation_order=activation_order)
+        assert torch.equal(result.codes[:, first], nearest_codes(result, W, first))
+        assert not torch.equal(result.codes[:, later], nearest_codes(result, W, later))
 
 
 def test_an_input_that_is_always_zero_is_rounded_to_nearest() -> None:
@@ -224,10 +267,15 @@ def test_an_input_that_is_always_zero_is_rounded_to_nearest() -> None:
 
     assert result.damp_percent == CONFIG.damp_percent
     assert bool(result.weight.isfinite().all())
-    grid = (result.codes[:, 5], result.zeros[:, 0], result.scales[:, 0].float())
-    step = grid[2]
-    codes = (W[:, 5] / step + grid[1]).round().clamp(0, 7)
-    assert torch.equal(codes, grid[0].float())
+    assert torch.equal(result.codes[:, 5], nearest_codes(result, W, 5))
+
+
+def test_without_any_input_weights_are_rounded_to_nearest() -> None:
+    W = random_weight(16, 64)
+
+    result = quantize(W, torch.zeros(64, 64))
+
+    assert torch.equal(result.weight, round_to_nearest(W, 3, 32))
 
 
 def test_inverse_factor() -> None:

@@ -114,7 +114,7 @@ def test_keeping_the_largest_weight_narrows_the_grid() -> None:
 @pytest.mark.parametrize("value", [0.0, 1e-12], ids=["zero", "too small to scale"])
 def test_a_row_without_a_scale_is_zero(value: float) -> None:
     W = random_weight(3, 16, 2)
-    W[1] = value
+    W[1], W[1, 0] = value, -value
 
     grid = as_columns(fit_grid(W, None, 3, torch.float16, CONFIG))
 
