@@ -81,7 +81,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder, open_workdir(None) as workdir:
                 output = Path(folder) / "checkpoint"
                 quantize_model(
-                    base, recipe, output, workdir, progress, lambda staged: None
+                    base, recipe, output, workdir, progress, lambda staged, schema: None
                 )
                 model = AutoModelForCausalLM.from_pretrained(
                     output, dtype=torch.float32

@@ -162,7 +162,7 @@ def quantize(
                 output,
                 folder,
                 RunProgress(listener),
-                lambda staged: write_model_card(staged, base.name),
+                lambda staged, schema: write_model_card(staged, schema, base.name),
             )
         _print_summary(output)
 

@@ -7,21 +7,22 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from tacq_vllm import __version__
-from tacq_vllm.format.checkpoint import read_schema
-from tacq_vllm.format.inspection import inspect_checkpoint
+from tacq_vllm.format.inspection import inspect_weights
+from tacq_vllm.format.schema import QuantizationSchema
 
 CARD_NAME = "README.md"
 
 
-def write_model_card(folder: Path, base_model: str) -> None:
-    """Write the card of a checkpoint folder that is otherwise whole.
+def write_model_card(folder: Path, schema: QuantizationSchema, base_model: str) -> None:
+    """Write the card of a checkpoint.
 
     Args:
-        folder: the checkpoint.
+        folder: where its weight files are.
+        schema: its quantization block.
         base_model: name of the 16-bit model it was made from.
     """
-    figures = inspect_checkpoint(folder)
-    recipe = json.dumps(read_schema(folder).recipe, indent=2)
+    figures = inspect_weights(folder, schema)
+    recipe = json.dumps(schema.recipe, indent=2)
     data: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

@@ -130,7 +130,7 @@ def run_pipeline(base: BaseModel, recipe: Recipe, output: Path, work_dir: Path) 
         output,
         WorkDir(work_dir),
         Progress(),
-        lambda folder: write_model_card(folder, base.name),
+        lambda folder, schema: write_model_card(folder, schema, base.name),
     )
 
 

@@ -73,7 +73,11 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     Raises:
         FormatError: the folder is not a whole TaCQ checkpoint.
     """
-    schema = read_schema(folder)
+    return inspect_weights(folder, read_schema(folder))
+
+
+def inspect_weights(folder: Path, schema: QuantizationSchema) -> Inspection:
+    """As `inspect_checkpoint`, of a folder whose config.json is not there yet."""
     with CheckpointReader(folder) as reader:
         for fault in header_faults(reader, schema):
             raise FormatError(fault)

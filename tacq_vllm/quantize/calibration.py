@@ -114,8 +114,8 @@ def file_windows(
 def read_tokens(tokenizer: Any, path: Path) -> Tensor:
     """All samples of a `.txt` or `.jsonl` file, tokenized and joined: int64 [n]."""
     tokens: list[int] = []
-    for text in _read_texts(tokenizer, path):
-        tokens += tokenizer(text).input_ids
+    for sample in _read_samples(tokenizer, path):
+        tokens += sample
     return torch.tensor(tokens, dtype=torch.int64)
 
 
@@ -125,12 +125,17 @@ def _self_prompt(tokenizer: Any) -> Tensor:
         opening = _render_chat(tokenizer, chat, SELF).split(_CONTENT_MARK)[0]
         ids = tokenizer(opening, add_special_tokens=False).input_ids
     else:
-        first = tokenizer.bos_token_id
-        ids = [tokenizer.eos_token_id if first is None else first]
+        known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        ids = [token for token in known if token is not None][:1]
+        if not ids:
+            raise QuantizeError(
+                "the tokenizer has no first token to generate from: give a file as "
+                "the calibration source"
+            )
     return torch.tensor([ids], dtype=torch.int64)
 
 
-def _read_texts(tokenizer: Any, path: Path) -> Iterator[str]:
+def _read_samples(tokenizer: Any, path: Path) -> Iterator[list[int]]:
     opener = gzip.open if path.suffix == ".gz" else open
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind not in (".txt", ".jsonl"):
@@ -138,30 +143,34 @@ def _read_texts(tokenizer: Any, path: Path) -> Iterator[str]:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             if kind == ".txt":
-                yield file.read()
+                yield tokenizer(file.read()).input_ids
                 return
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _sample_text(tokenizer, line, f"{path}, line {number}")
+                    yield _sample_tokens(tokenizer, line, f"{path}, line {number}")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise QuantizeError(f"{path}: cannot be read: {error}") from error
 
 
-def _sample_text(tokenizer: Any, line: str, where: str) -> str:
+def _sample_tokens(tokenizer: Any, line: str, where: str) -> list[int]:
     try:
         sample = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise QuantizeError(f"{where}: not JSON: {error}") from error
     match sample:
         case {"text": str(text)}:
-            return text
+            pass
         case {"prompt": str(prompt), "completion": str(completion)}:
-            return prompt + completion
+            text = prompt + completion
         case {"messages": list(messages)}:
-            return _render_chat(tokenizer, messages, where)
-    raise QuantizeError(
-        f"{where}: none of `text`, `prompt` with `completion`, or `messages`"
-    )
+            # The template writes the special tokens itself.
+            text = _render_chat(tokenizer, messages, where)
+            return list(tokenizer(text, add_special_tokens=False).input_ids)
+        case _:
+            raise QuantizeError(
+                f"{where}: none of `text`, `prompt` with `completion`, or `messages`"
+            )
+    return list(tokenizer(text).input_ids)
 
 
 def _render_chat(tokenizer: Any, messages: list[Any], where: str) -> str:

@@ -83,7 +83,8 @@ def quantize_matrix(
         config: damping, block size and grid search.
 
     Raises:
-        QuantizeError: the Hessian stays singular at the largest damping.
+        QuantizeError: the Hessian stays singular at the largest damping, or a scale or
+            a kept weight does not fit the 16-bit type.
     """
     out_features, in_features = W.shape
     size = in_features if group_size == -1 else group_size
@@ -125,6 +126,8 @@ def quantize_matrix(
             errors[step - start] = error
         rest[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     fitted = [grids[group] for group in range(in_features // size)]
+    if not bool(values.isfinite().all()):
+        raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
     return GptqResult(
         codes=codes.T.contiguous(),
         zeros=torch.stack([grid.zeros for grid in fitted], 1).to(torch.uint8),

@@ -80,6 +80,7 @@ class LinearReport:
 
 
 Masks = Callable[[str], Tensor | None]
+WriteCard = Callable[[Path, QuantizationSchema], None]
 OnResult = Callable[[LinearReport, GptqResult, Tensor], None]
 
 
@@ -89,7 +90,7 @@ def quantize_model(
     output: Path,
     workdir: WorkDir,
     progress: Progress,
-    write_card: Callable[[Path], None],
+    write_card: WriteCard,
 ) -> None:
     """Make a checkpoint folder; the model is as before afterwards.
 
@@ -99,7 +100,8 @@ def quantize_model(
         output: the folder to make; appears only when whole.
         workdir: where finished phases keep their tensors.
         progress: told of every phase and linear.
-        write_card: adds the model card to a folder that is otherwise whole.
+        write_card: adds the model card to a folder with all weights, given the
+            quantization block.
 
     Raises:
         QuantizeError: the model, the recipe or the calibration text do not fit.
@@ -140,8 +142,9 @@ def quantize_model(
         (folder / REPORT_NAME).write_text("".join(rows))
         timings = {"phases": progress.seconds, "linears": seconds}
         (folder / TIMINGS_NAME).write_text(json.dumps(timings, indent=2) + "\n")
+        write_card(folder, schema)
+        # Last: without config.json nothing takes the folder for a checkpoint.
         write_config(folder, base, schema)
-        write_card(folder)
 
 
 def gptq_pass(

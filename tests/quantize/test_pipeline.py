@@ -18,6 +18,7 @@ from tacq_vllm.format.checkpoint import (
     CheckpointReader,
     read_schema,
 )
+from tacq_vllm.format.schema import QuantizationSchema
 from tacq_vllm.format.validation import find_faults, load_linear
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize import pipeline
@@ -295,7 +296,7 @@ def test_an_interrupt_leaves_nothing_and_the_model_as_before(
             tmp_path / "out",
             WorkDir(tmp_path / "work"),
             progress,
-            lambda folder: None,
+            lambda folder, schema: None,
         )
 
     assert {path.name for path in tmp_path.iterdir()} == {"work"}
@@ -306,8 +307,10 @@ def test_an_interrupt_leaves_nothing_and_the_model_as_before(
 def test_a_failing_card_leaves_no_folder(
     tiny_base: BaseModel, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
-    def fail(folder: Path) -> None:
-        assert find_faults(folder) == []
+    def fail(folder: Path, schema: QuantizationSchema) -> None:
+        # All weights are there, but nothing takes the folder for a checkpoint yet.
+        assert schema.linears
+        assert find_faults(folder) == [f"{folder / 'config.json'}: the file is missing"]
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
