@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import platform
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -83,6 +84,7 @@ def main() -> None:
                 quantize_model(
                     base, recipe, output, workdir, progress, lambda staged, schema: None
                 )
+                effective_bits = inspect_checkpoint(output).effective_bits
                 model = AutoModelForCausalLM.from_pretrained(
                     output, dtype=torch.float32
                 ).dequantize()
@@ -93,9 +95,10 @@ def main() -> None:
                     "seed": arguments.seed,
                     "kept_value": arguments.kept_value,
                     "activation_order": not arguments.no_activation_order,
-                    "effective_bits": inspect_checkpoint(output).effective_bits,
+                    "effective_bits": effective_bits,
                     "ppl": perplexity(model, tokens),
                     "seconds": progress.seconds,
+                    "peak_bytes": peak_bytes(),
                 }
             report(arguments.output, machine | result)
 
@@ -107,6 +110,11 @@ def perplexity(model: Any, tokens: torch.Tensor) -> float:
     for window in tokens[: WINDOWS * WINDOW].view(WINDOWS, 1, WINDOW):
         losses.append(float(model(window, labels=window).loss))
     return math.exp(sum(losses) / len(losses))
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def report(path: Path, row: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Everything that a loader refuses, in one place.
 
-`tacq verify`, vLLM and Transformers all call `check_headers` before a weight is
-read, and `check_linear` (through `check_contents` or on the loaded tensors) before a
-kernel sees it.
+`tacq verify`, vLLM and Transformers all compare the headers with the configuration
+before a weight is read (`header_faults`), and check a linear's values before a kernel
+sees them (`check_linear`).
 """
 
 from collections.abc import Iterator

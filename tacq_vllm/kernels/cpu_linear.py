@@ -27,12 +27,10 @@ from tacq_vllm.kernels.cpu_codegen import (
     compile_dequantize,
     compile_linear,
 )
+from tacq_vllm.kernels.reference import BLOCK_WEIGHTS
 
 MAX_FUSED_TOKENS = 8
 """Rows of x up to which weights are multiplied in registers, without a buffer."""
-
-BLOCK_WEIGHTS = 1 << 18
-"""Weights of a dequantized block: 1 MiB in float32, about a level-2 cache."""
 
 _TOKEN_COUNTS = (1, 2, 4, MAX_FUSED_TOKENS)
 

@@ -91,7 +91,8 @@ def test_three_readings_of_one_checkpoint_agree(smollm2, served):
     assert packed == dequantized
     assert vllm == dequantized
     # The model must say something: one token over and over would agree too.
-    assert min(len(set(text.split())) for text in vllm) > 3
+    assert len(set(vllm)) == len(PROMPTS)
+    assert len(set(" ".join(vllm).split())) > 100
 
 
 def test_it_answers_a_question(served):
