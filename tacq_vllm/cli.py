@@ -4,7 +4,6 @@ Heavy modules are imported inside the commands, so that `--help` is instant.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -274,19 +273,14 @@ def _one_line_errors() -> Iterator[None]:
     """Bad input: one line that says what is wrong, exit code 2."""
     from tacq_vllm.config import RecipeError
     from tacq_vllm.format.schema import FormatError
+    from tacq_vllm.quantize.errors import QuantizeError
 
     try:
         yield
-    except (FormatError, RecipeError, InputError, OSError) as error:
+    except (FormatError, RecipeError, QuantizeError, InputError, OSError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         _fail(f"{error}: pip install 'tacq-vllm[quantize,plots]'")
-    except ValueError as error:
-        # QuantizeError comes with PyTorch: it is known only once that is loaded.
-        module = sys.modules.get("tacq_vllm.quantize.errors")
-        if module is None or not isinstance(error, module.QuantizeError):
-            raise
-        _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written")
 
