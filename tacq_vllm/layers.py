@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from tacq_vllm.format.linear import PackedLinear, TensorSpec
+from tacq_vllm.format.linear import PackedLinear, TensorSpec, tensor_names
 from tacq_vllm.kernels.ops import quantized_linear
 from tacq_vllm.kernels.reference import dequantize
 
@@ -37,7 +37,6 @@ class TacqLinear(nn.Module):
         self.bits = bits
         self.in_features = in_features
         self.out_features = specs["qweight"].shape[0]
-        self._tensor_names = tuple(specs)
         for name, spec in specs.items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
         self.bias = bias
@@ -45,7 +44,7 @@ class TacqLinear(nn.Module):
     @property
     def packed(self) -> PackedLinear:
         """The stored tensors."""
-        tensors = {name: getattr(self, name) for name in self._tensor_names}
+        tensors = {name: getattr(self, name) for name in tensor_names(self.bits)}
         return PackedLinear.from_tensors(tensors, self.bits, self.in_features)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:

@@ -6,8 +6,8 @@ they are multiplied into x at once; for many, blocks of rows are dequantized int
 cache-sized buffer, for PyTorch's matrix product.
 
 Threads are PyTorch's own: the kernels run in its OpenMP pool, so that no second pool
-competes for the cores. A row belongs to one thread: the same inputs give the same bits
-with any number of threads.
+competes for the cores. A row belongs to one thread: for few tokens the same inputs give
+the same bits with any number of threads; for many, that is up to PyTorch's product.
 """
 
 import ctypes

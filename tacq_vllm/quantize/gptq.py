@@ -89,14 +89,18 @@ def quantize_matrix(
     out_features, in_features = W.shape
     size = in_features if group_size == -1 else group_size
     block_size = _block_size(config.block_size, size, in_features)
+
+    def fit_group(current: Tensor, first: int) -> Grid:
+        """Fit the grid of the group whose first column is `first`."""
+        mask = None if kept is None else kept[:, first : first + size]
+        return fit_grid(current, mask, bits, dtype, config)
+
     order = torch.arange(in_features, device=W.device)
     grids: dict[int, Grid] = {}
     if config.activation_order:
         order = H.diagonal().argsort(descending=True, stable=True)
-        for group, columns in enumerate(range(0, in_features, size)):
-            place = slice(columns, columns + size)
-            mask = None if kept is None else kept[:, place]
-            grids[group] = fit_grid(W[:, place], mask, bits, dtype, config)
+        for first in range(0, in_features, size):
+            grids[first // size] = fit_group(W[:, first : first + size], first)
     U, damp_percent = inverse_factor(H[order][:, order], config.damp_percent)
 
     # In the order of rounding, a column as a contiguous row: what is still to round.
@@ -108,17 +112,16 @@ def quantize_matrix(
         errors = torch.empty(stop - start, out_features, device=W.device)
         for step, column in enumerate(order[start:stop].tolist(), start=start):
             group = column // size
-            mask = None if kept is None else kept[:, column : column + size]
             if group not in grids:
-                current = rest[step : step + size].T
-                grids[group] = fit_grid(current, mask, bits, dtype, config)
+                grids[group] = fit_group(rest[step : step + size].T, column)
             grid, w = grids[group], rest[step]
             code = grid.codes(w)
             value = grid.values(code)
-            if mask is not None:
+            if kept is not None:
+                mask = kept[:, column]
                 exact = W[:, column] if keep_original else w
-                code = torch.where(mask[:, 0], grid.zeros, code)
-                value = torch.where(mask[:, 0], exact.to(dtype).float(), value)
+                code = torch.where(mask, grid.zeros, code)
+                value = torch.where(mask, exact.to(dtype).float(), value)
             codes[column] = code
             values[column] = value
             error = (w - value) / U[step, step]
