@@ -1,0 +1,1 @@
+"""Text for calibration and evaluation: plain files and the named sets."""
