@@ -99,7 +99,11 @@ def quantize(
         str | None, typer.Option(help="A ready-made recipe's name or a .yaml file.")
     ] = None,
     work_dir: Annotated[
-        Path | None, typer.Option(help="Where finished phases keep their tensors.")
+        Path | None,
+        typer.Option(
+            help="Where finished phases keep their tensors; it stays. Without it they "
+            "lie beside the output until that is whole."
+        ),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3 or 4.")] = None,
     group_size: Annotated[
@@ -116,7 +120,14 @@ def quantize(
     ] = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="`self` or a .jsonl/.txt(.gz) file; may be repeated."),
+        typer.Option(
+            help="wikitext2, c4, mmlu, gsm8k, spider, `self`, or a .jsonl/.txt(.gz) "
+            "file; may be repeated."
+        ),
+    ] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the named sets' files; without it: the Hub."),
     ] = None,
     num_samples: Annotated[int | None, typer.Option(help="Token windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
@@ -146,15 +157,21 @@ def quantize(
 
         from tacq_vllm.hub import write_model_card
         from tacq_vllm.quantize.export import check_output
-        from tacq_vllm.quantize.model import load_base_model
+        from tacq_vllm.quantize.model import open_base_model
         from tacq_vllm.quantize.pipeline import quantize_model
         from tacq_vllm.quantize.progress import Progress as RunProgress
         from tacq_vllm.quantize.workdir import open_workdir
+        from tacq_vllm.quantize.world import open_world
 
         check_output(output)
         transformers_logging.disable_progress_bar()
-        base = load_base_model(model, _torch_device(device))
-        with open_workdir(work_dir) as folder, _listener() as listener:
+        with (
+            open_world(_torch_device(device)) as (world, own_device),
+            open_workdir(work_dir, output, world) as folder,
+            _listener(world.leads) as listener,
+        ):
+            with world.leader_first():
+                base = open_base_model(model, own_device, folder)
             quantize_model(
                 base,
                 effective,
@@ -162,8 +179,11 @@ def quantize(
                 folder,
                 RunProgress(listener),
                 lambda staged, schema: write_model_card(staged, schema, base.name),
+                data_root,
+                world,
             )
-        _print_summary(output)
+            if world.leads:
+                _print_summary(output)
 
 
 @app.command()
@@ -224,6 +244,10 @@ class RichListener:
         """Leave the bar full."""
         self._bars.update(self._tasks[name], detail="")
 
+    def noted(self, text: str) -> None:
+        """Print the line above the bars."""
+        self._bars.console.print(text, highlight=False, markup=False)
+
 
 class LogListener:
     """A plain line per step, with time left, for a log file."""
@@ -250,9 +274,16 @@ class LogListener:
         """Print how long the phase took."""
         err.print(f"{name}: {seconds:.1f} s", highlight=False)
 
+    def noted(self, text: str) -> None:
+        """Print the line."""
+        err.print(text, highlight=False, markup=False)
+
 
 @contextmanager
-def _listener() -> "Iterator[Listener]":
+def _listener(leads: bool) -> "Iterator[Listener | None]":
+    if not leads:
+        yield None
+        return
     if not err.is_terminal:
         yield LogListener()
         return
@@ -282,7 +313,7 @@ def _one_line_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:
         _fail(f"{error}: pip install 'tacq-vllm[quantize,plots]'")
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written")
+        _fail("interrupted; the same command goes on where this one stopped")
 
 
 class InputError(ValueError):

@@ -30,11 +30,22 @@ class CalibrationConfig(_Section):
     sources: tuple[str, ...] = Field(
         ("self",),
         min_length=1,
-        description="`self` (text the 16-bit model writes itself), or paths of "
-        ".jsonl / .txt files, also gzipped; their samples are mixed.",
+        description="Named sets (wikitext2, c4, mmlu, gsm8k, spider), `self` (text "
+        "the 16-bit model writes itself), or paths of .jsonl / .txt files, also "
+        "gzipped; their samples are mixed.",
     )
-    num_samples: int = Field(128, ge=1, description="Number of token windows.")
+    num_samples: int = Field(
+        128,
+        ge=1,
+        description="Number of windows of running text; samples of a task, which stay "
+        "whole, fill as many tokens.",
+    )
     seq_len: int = Field(2048, ge=2, description="Tokens in each window.")
+    loss: Literal["all", "completion"] = Field(
+        "all",
+        description="Gradients of the loss on all tokens (paper), or on completions "
+        "and the assistant's turns alone.",
+    )
     seed: int = Field(0, ge=0, description="Seed of sampling and generation.")
     temperature: float = Field(
         0.7, gt=0.0, description="Sampling temperature of `self`."
@@ -56,6 +67,11 @@ class OutlierConfig(_Section):
         description="Score by which weights are kept: tacq |W|·|g|·|Q(W)-W|, "
         "qal |g|·|Q(W)-W|, msg |W|·|g|, grad |g|, fisher g², magnitude |W|.",
     )
+    scope: Literal["model", "linear"] = Field(
+        "model",
+        description="One budget for the whole model (paper), or the same share of "
+        "every linear.",
+    )
     kept_value: Literal["compensated", "original"] = Field(
         "original",
         description="Keep a weight as it is in the base model (the paper's wording), "
@@ -75,6 +91,10 @@ class GptqConfig(_Section):
         True,
         description="Round the columns with the largest inputs first, on grids fitted "
         "before; the stored order does not change. Paper: false.",
+    )
+    refit_scales: bool = Field(
+        True,
+        description="Fit the scales once more when all codes are known. Paper: false.",
     )
     grid_steps: int = Field(
         80, ge=1, description="Shrink factors tried per grid, 1.0 among them."

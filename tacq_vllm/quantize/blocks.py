@@ -1,18 +1,20 @@
-"""Walking decoder blocks: inputs of a block, and of each linear inside it.
+"""Walking decoder blocks: how the model calls them, and the inputs of their linears.
 
 The samples go through a block together: each one's forward pass is a coroutine that
 stops where a group of linears is about to run. When all have stopped there, the group
-is quantized, and the passes go on with the quantized weights. So every linear runs
-once a sample, and sees what the quantized linears before it really produce
-(true-sequential GPTQ).
+is quantized, and the passes go on with the quantized weights. So every linear sees what
+the quantized linears before it really produce (true-sequential GPTQ), and runs once a
+sample; samples whose stopped passes do not fit into memory start anew for each group,
+which changes the time and not the result.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from tacq_vllm.quantize.errors import QuantizeError
@@ -22,14 +24,55 @@ FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that share their input, and that serving engines fuse into one."""
 
 
-@dataclass
-class BlockInputs:
-    """What one batch of samples brings to the decoder blocks."""
+class BlockCalls:
+    """The model around its decoder blocks, which are called one by one."""
 
-    hidden_states: Tensor
-    """[batch, seq_len, hidden]; replaced by each block's output."""
-    keywords: list[dict[str, Any]]
-    """Keyword arguments of each block: masks, position embeddings."""
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self._keywords: dict[torch.Size, list[dict[str, Any]]] = {}
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first block is given for tokens [batch, n]: [batch, n, hidden].
+
+        What lies outside the blocks must be resident. The keyword arguments of all
+        blocks (masks, position embeddings), which depend on the shape of the tokens
+        alone, are remembered for `run`.
+        """
+        keywords: list[dict[str, Any]] = []
+        first: list[Tensor] = []
+
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args:
+                raise QuantizeError(
+                    "the model calls its decoder blocks with positional arguments: "
+                    f"{type(self._base.model).__name__} is not supported"
+                )
+            keywords.append(kwargs)
+            first[:] = first or [hidden]
+            return hidden
+
+        with _replaced_blocks(self._base, record):
+            decoder = self._base.model.get_decoder()
+            decoder(tokens.to(self._base.device), use_cache=False)
+        self._keywords[tokens.shape] = keywords
+        return first[0]
+
+    def run(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Run a block, which is resident, on [batch, n, hidden]."""
+        keywords = self._keywords[hidden.shape[:2]][index]
+        output = block(hidden, **keywords)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model makes of its last block's output: [batch, n, vocabulary].
+
+        What lies outside the blocks must be resident.
+        """
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        with _replaced_blocks(self._base, lambda *args, **kwargs: hidden):
+            logits: Tensor = self._base.model(tokens, use_cache=False).logits
+        return logits
 
 
 def batch_windows(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
@@ -48,45 +91,6 @@ def batch_windows(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
     return [torch.stack(batch) for batch in batches]
 
 
-def capture_inputs(base: BaseModel, batches: Iterable[Tensor]) -> list[BlockInputs]:
-    """Run what lies before the blocks, and record what each block would be called with.
-
-    The blocks themselves do not run: each hands its input on.
-    """
-    captured = []
-    blocks = base.blocks
-    for tokens in batches:
-        keywords: list[dict[str, Any]] = []
-        first: list[Tensor] = []
-
-        def record(
-            hidden_states: Tensor,
-            *args: Any,
-            keywords: list[dict[str, Any]] = keywords,
-            first: list[Tensor] = first,
-            **kwargs: Any,
-        ) -> Tensor:
-            if args:
-                raise QuantizeError(
-                    "the model calls its decoder blocks with positional arguments: "
-                    f"{type(base.model).__name__} is not supported"
-                )
-            keywords.append(kwargs)
-            first[:] = first or [hidden_states]
-            return hidden_states
-
-        for block in blocks:
-            block.forward = record
-        try:
-            decoder = base.model.get_decoder()
-            decoder(tokens.to(base.model.device), use_cache=False)
-        finally:
-            for block in blocks:
-                del block.forward
-        captured.append(BlockInputs(first[0], keywords))
-    return captured
-
-
 def group_linears(linears: dict[str, nn.Linear]) -> list[dict[str, nn.Linear]]:
     """Split a block's linears into groups that share their input."""
     groups: dict[tuple[str, ...], dict[str, nn.Linear]] = {}
@@ -98,57 +102,85 @@ def group_linears(linears: dict[str, nn.Linear]) -> list[dict[str, nn.Linear]]:
 
 
 def run_block(
-    block: nn.Module,
-    index: int,
-    inputs: Sequence[BlockInputs],
+    forwards: Sequence[Callable[[], Tensor]],
     groups: list[dict[str, nn.Linear]],
-    on_group: Callable[[dict[str, nn.Linear], list[Tensor]], None],
-) -> None:
-    """Run one block on all samples, stopping before each group of linears.
+    in_memory: int,
+    on_group: Callable[[dict[str, nn.Linear], Iterator[Tensor]], None],
+) -> Iterator[Tensor]:
+    """Run one block on all batches, stopping before each group of linears.
 
     Args:
-        block: the decoder block.
-        index: its number, which picks its keyword arguments.
-        inputs: hidden states, replaced by the block's outputs.
+        forwards: one per batch: runs the block on it.
         groups: linears that share their input.
-        on_group: called with a group and its inputs, one per batch of samples; may
-            change the linears' weights.
+        in_memory: this many batches wait in memory where they have stopped.
+        on_group: called with a group and its inputs, one per batch, to be iterated to
+            the end; may change the linears' weights afterwards.
+
+    Yields:
+        The block's output for each batch, in order.
     """
     main = getcurrent()
     group_of: dict[nn.Module, int] = {
-        linear: number
-        for number, group in enumerate(groups)
-        for linear in group.values()
+        linear: n for n, group in enumerate(groups) for linear in group.values()
     }
+    waiting: dict[int, greenlet] = {}
 
     def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        task = getcurrent()
-        number = group_of[module]
-        if number not in task.stopped:
-            task.stopped.add(number)
-            main.switch((number, args[0]))
+        task, number = getcurrent(), group_of[module]
+        if number not in task.seen:
+            task.seen.append(number)
+            main.switch(args[0])
 
-    tasks = []
-    for _ in inputs:
-        task = greenlet(block)
-        task.stopped = set()
-        tasks.append(task)
-    hooks = [module.register_forward_pre_hook(stop) for module in group_of]
-    try:
-        results = [
-            task.switch(batch.hidden_states, **batch.keywords[index])
-            for task, batch in zip(tasks, inputs, strict=True)
-        ]
-        while not tasks[0].dead:
-            numbers = {number for number, _ in results}
-            if len(numbers) != 1:
+    def reach(index: int, stops: int) -> tuple[int | None, Tensor]:
+        """Run a batch to its next stop: the group, None at the end, and a tensor."""
+        task = waiting.pop(index, None)
+        if task is None:
+            task = greenlet(forwards[index])
+            task.seen = []
+            for _ in range(stops):
+                task.switch()
+        tensor = task.switch()
+        if task.dead:
+            return None, tensor
+        number = task.seen[-1]
+        if index < in_memory:
+            waiting[index] = task
+        else:
+            task.throw(GreenletExit)
+        return number, tensor
+
+    def inputs(first: Tensor, number: int, stops: int) -> Iterator[Tensor]:
+        yield first
+        for index in range(1, len(forwards)):
+            other, x = reach(index, stops)
+            if other != number:
                 raise QuantizeError(
                     "samples reach a block's linears in different orders"
                 )
-            on_group(groups[numbers.pop()], [x for _, x in results])
-            results = [task.switch() for task in tasks]
+            yield x
+
+    hooks = [module.register_forward_pre_hook(stop) for module in group_of]
+    try:
+        for stops in count():
+            number, tensor = reach(0, stops)
+            if number is None:
+                break
+            on_group(groups[number], inputs(tensor, number, stops))
+        yield tensor
+        for index in range(1, len(forwards)):
+            yield reach(index, stops)[1]
     finally:
         for hook in hooks:
             hook.remove()
-    for batch, output in zip(inputs, results, strict=True):
-        batch.hidden_states = output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _replaced_blocks(base: BaseModel, forward: Callable[..., Tensor]) -> Iterator[None]:
+    blocks = base.blocks
+    for block in blocks:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

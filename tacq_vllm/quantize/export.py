@@ -1,18 +1,29 @@
-"""Writing a checkpoint folder that appears only when it is whole."""
+"""From the last pass and the base model to a checkpoint folder."""
 
 import copy
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tacq_vllm.config import Recipe, StorageDtype
 from tacq_vllm.format.checkpoint import CheckpointWriter
-from tacq_vllm.format.schema import QuantizationSchema, storage_dtype
+from tacq_vllm.format.schema import (
+    DEFAULT_CIRCUIT,
+    QuantizationSchema,
+    storage_dtype,
+)
 from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.model import BaseModel
+from tacq_vllm.quantize.progress import Progress
+from tacq_vllm.quantize.workdir import staged_folder
+
+REPORT_NAME = "report.jsonl"
+TIMINGS_NAME = "timings.json"
+
+WriteCard = Callable[[Path, QuantizationSchema], None]
 
 
 def check_output(output: Path) -> None:
@@ -25,26 +36,52 @@ def check_output(output: Path) -> None:
         raise QuantizeError(f"{output}: exists already; choose another --output")
 
 
-@contextmanager
-def staged_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output`, renamed to it when the body has succeeded.
+def export_checkpoint(
+    base: BaseModel,
+    recipe: Recipe,
+    output: Path,
+    blocks: QuantizedBlocks,
+    progress: Progress,
+    write_card: WriteCard,
+) -> None:
+    """Write the checkpoint folder, which appears only when it is whole.
 
     Raises:
-        QuantizeError: as `check_output`.
+        QuantizeError: as `check_output`, or a value does not fit the 16-bit type.
     """
     check_output(output)
-    staging = output.parent / f".{output.name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    os.replace(staging, output)
+    linears = base.linears()
+    dtype = base.storage_dtype(recipe.export.dtype)
+    with staged_folder(output) as folder, progress.phase("export", 1) as bar:
+        writer = CheckpointWriter(folder, recipe.export.max_shard_bytes)
+        for name in linears:
+            for suffix, tensor in blocks.packed(name).tensors().items():
+                writer.add(f"{name}.{suffix}", tensor)
+        _write_unquantized(writer, base, dtype)
+        writer.close()
+        reports = list(blocks.reports())
+        schema = QuantizationSchema(
+            bits=recipe.bits,
+            group_size=recipe.group_size,
+            dtype=dtype,
+            linears={
+                name: (linear.out_features, linear.in_features)
+                for name, linear in linears.items()
+            },
+            circuits={DEFAULT_CIRCUIT: {r.name: r.outliers for r in reports}},
+            recipe=_published_recipe(recipe),
+        )
+        rows = [json.dumps(asdict(report)) + "\n" for report in reports]
+        (folder / REPORT_NAME).write_text("".join(rows))
+        timings = {"phases": progress.seconds, "blocks": blocks.seconds()}
+        (folder / TIMINGS_NAME).write_text(json.dumps(timings, indent=2) + "\n")
+        write_card(folder, schema)
+        # Last: without config.json nothing takes the folder for a checkpoint.
+        _write_config(folder, base, schema)
+        bar.advance()
 
 
-def write_unquantized(
+def _write_unquantized(
     writer: CheckpointWriter, base: BaseModel, dtype: StorageDtype
 ) -> None:
     """Write every tensor that is not a quantized weight, in 16 bits.
@@ -53,12 +90,10 @@ def write_unquantized(
         QuantizeError: a value does not fit the 16-bit type.
     """
     quantized = {f"{name}.weight" for name in base.linears()}
-    written: set[int] = set()
-    for name, tensor in base.model.state_dict().items():
-        # A tied tensor is stored once, under its first name.
-        if name in quantized or tensor.data_ptr() in written:
+    for name in base.published:
+        if name in quantized:
             continue
-        written.add(tensor.data_ptr())
+        tensor = base.published.load(name)
         if tensor.is_floating_point():
             stored = tensor.to(storage_dtype(dtype))
             if not bool(stored.isfinite().all()):
@@ -69,7 +104,7 @@ def write_unquantized(
         writer.add(name, tensor)
 
 
-def write_config(folder: Path, base: BaseModel, schema: QuantizationSchema) -> None:
+def _write_config(folder: Path, base: BaseModel, schema: QuantizationSchema) -> None:
     """Write tokenizer, generation config and, last, config.json."""
     base.tokenizer.save_pretrained(folder)
     if base.model.can_generate():
@@ -81,7 +116,7 @@ def write_config(folder: Path, base: BaseModel, schema: QuantizationSchema) -> N
     config.save_pretrained(folder)
 
 
-def published_recipe(recipe: Recipe) -> dict[str, Any]:
+def _published_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as a checkpoint tells it: files without their folders."""
     content = recipe.model_dump(mode="json")
     sources = content["calibration"]["sources"]

@@ -15,27 +15,36 @@ from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import select_outliers
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.grid import Grid, fit_grid
+from tacq_vllm.quantize.refit import refit_scales
 
 MAX_DAMP = 1.0
 """Damping, as a share of the mean diagonal, past which a Hessian is refused."""
+
+
+_HESSIAN_COLUMNS = 256
+"""Columns of a block of the symmetric product, of which one half is computed."""
 
 
 class Hessian:
     """The second-moment matrix of a linear's inputs, summed over tokens."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
+        # The upper triangle; of what lies below, the diagonal's blocks alone.
         self.total = torch.zeros(in_features, in_features, device=device)
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, x: Tensor) -> None:
         """Add inputs [..., in]."""
         x = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        self.total.addmm_(x.T, x)
+        for start in range(0, x.shape[1], _HESSIAN_COLUMNS):
+            stop = start + _HESSIAN_COLUMNS
+            self.total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
         self.tokens += x.shape[0]
 
     def mean(self) -> Tensor:
         """The sum over its number of tokens: float32 [in, in]."""
-        return self.total / self.tokens
+        upper = self.total.triu() / self.tokens
+        return upper + upper.triu(1).T
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,16 @@ class GptqResult:
     """float32 [out, in]: what the codes and the kept weights stand for."""
     damp_percent: float
     """Damping that made the Hessian's Cholesky factorization succeed."""
+
+    def rows(self, rows: slice) -> "GptqResult":
+        """The result of some rows."""
+        return GptqResult(
+            codes=self.codes[rows],
+            zeros=self.zeros[rows],
+            scales=self.scales[rows],
+            weight=self.weight[rows],
+            damp_percent=self.damp_percent,
+        )
 
     def pack(self, kept: Tensor, bits: int) -> PackedLinear:
         """The tensors of the checkpoint; `kept` is the mask that was passed in."""
@@ -106,7 +125,7 @@ def quantize_matrix(
     # In the order of rounding, a column as a contiguous row: what is still to round.
     rest = W.T[order].contiguous()
     codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=W.device)
-    values = torch.empty(in_features, out_features, device=W.device)
+    exact = torch.zeros(in_features, out_features, device=W.device)
     for start in range(0, in_features, block_size):
         stop = min(start + block_size, in_features)
         errors = torch.empty(stop - start, out_features, device=W.device)
@@ -116,26 +135,31 @@ def quantize_matrix(
                 grids[group] = fit_group(rest[step : step + size].T, column)
             grid, w = grids[group], rest[step]
             code = grid.codes(w)
-            value = grid.values(code)
             if kept is not None:
                 mask = kept[:, column]
-                exact = W[:, column] if keep_original else w
                 code = torch.where(mask, grid.zeros, code)
-                value = torch.where(mask, exact.to(dtype).float(), value)
+                value = W[:, column] if keep_original else w
+                exact[column] = torch.where(mask, value.to(dtype).float(), 0.0)
             codes[column] = code
-            values[column] = value
-            error = (w - value) / U[step, step]
+            error = (w - grid.values(code) - exact[column]) / U[step, step]
             rest[step + 1 : stop].addr_(U[step, step + 1 : stop], error, alpha=-1)
             errors[step - start] = error
         rest[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
     fitted = [grids[group] for group in range(in_features // size)]
-    if not bool(values.isfinite().all()):
+    zeros = torch.stack([grid.zeros for grid in fitted], 1)
+    scales = torch.stack([grid.scales for grid in fitted], 1)
+    codes, exact = codes.T.contiguous(), exact.T.contiguous()
+    steps = codes - zeros.repeat_interleave(size, dim=1)
+    if config.refit_scales:
+        scales = refit_scales(W - exact, H, steps, scales, dtype)
+    weight = steps * scales.repeat_interleave(size, dim=1) + exact
+    if not bool(weight.isfinite().all()):
         raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
     return GptqResult(
-        codes=codes.T.contiguous(),
-        zeros=torch.stack([grid.zeros for grid in fitted], 1).to(torch.uint8),
-        scales=torch.stack([grid.scales for grid in fitted], 1).to(dtype),
-        weight=values.T.contiguous(),
+        codes=codes,
+        zeros=zeros.to(torch.uint8),
+        scales=scales.to(dtype),
+        weight=weight,
         damp_percent=damp_percent,
     )
 

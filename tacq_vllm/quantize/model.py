@@ -1,47 +1,75 @@
-"""Loading the 16-bit model that is to be quantized, and finding its linears."""
+"""The 16-bit model that is to be quantized: its modules in memory, its weights on disk.
 
+The modules are built without values. A part of the model has its weights, in float32
+on the device, while it is resident: so a model needs memory for one decoder block.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
 )
 
 from tacq_vllm.config import StorageDtype
+from tacq_vllm.format.checkpoint import CONFIG_NAME, CheckpointWriter
 from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.weights import WeightFiles, open_weights
+from tacq_vllm.quantize.workdir import WorkDir, fingerprint, staged_folder
 
 BLOCK_PARTS = ("self_attn", "mlp")
 """Parts of a decoder block whose linears are quantized (TaCQ paper, appendix D)."""
 
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Linears that choose experts: small, and never quantized."""
+
+GENERATION_CONFIG_NAME = "generation_config.json"
+
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_CONVERTED_SHARD_BYTES = 2_000_000_000
+
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model in float32 with its tokenizer."""
+    """A model, its tokenizer and its weight files."""
 
     name: str
     model: PreTrainedModel
+    """Its parameters are on the meta device, but for those that are resident."""
     tokenizer: Any
     stored_dtype: torch.dtype
     """Type of the weights as published."""
+    device: torch.device
+    weights: WeightFiles
+    """By the names that the modules have."""
+    published: WeightFiles
+    """By the names that they were published under: mostly the same files."""
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The decoder blocks in order."""
-        return list(self.model.get_decoder().layers)
+        return list(self._layers)
 
     def block_name(self, index: int) -> str:
         """Full module name of a decoder block."""
-        block = self.blocks[index]
-        names = (name for name, m in self.model.named_modules() if m is block)
-        return str(next(names))
+        return f"{self._layers_name}.{index}"
+
+    def block_of(self, linear: str) -> int:
+        """The number of the block that a linear lies in, by its full name."""
+        return int(linear.removeprefix(f"{self._layers_name}.").split(".")[0])
 
     def block_linears(self, index: int) -> dict[str, nn.Linear]:
         """The linears of one block that are quantized, by full name."""
@@ -49,7 +77,9 @@ class BaseModel:
         return {
             f"{prefix}.{name}": module
             for name, module in self.blocks[index].named_modules()
-            if isinstance(module, nn.Linear) and name.split(".")[0] in BLOCK_PARTS
+            if isinstance(module, nn.Linear)
+            and name.split(".")[0] in BLOCK_PARTS
+            and name.split(".")[-1] not in ROUTERS
         }
 
     def linears(self) -> dict[str, nn.Linear]:
@@ -60,6 +90,49 @@ class BaseModel:
             for name, linear in self.block_linears(index).items()
         }
 
+    def unquantized_modules(self) -> dict[str, int]:
+        """Weights of the modules in the blocks' parts that are no linears: experts."""
+        quantized = self.linears()
+        sizes: dict[str, int] = {}
+        for index, block in enumerate(self.blocks):
+            for name, parameter in block.named_parameters():
+                module = f"{self.block_name(index)}.{name.rpartition('.')[0]}"
+                is_part = name.split(".")[0] in BLOCK_PARTS and parameter.dim() > 1
+                is_router = module.rpartition(".")[2] in ROUTERS
+                if is_part and not is_router and module not in quantized:
+                    sizes[module] = sizes.get(module, 0) + parameter.numel()
+        return sizes
+
+    def weight(self, linear: str) -> Tensor:
+        """The weight of a linear: float32 [out, in] on the device."""
+        return self._load(f"{linear}.weight")
+
+    @contextmanager
+    def resident_block(self, index: int) -> Iterator[nn.Module]:
+        """Give a decoder block its weights within the body."""
+        prefix = self.block_name(index)
+        block = self.blocks[index]
+        with self._resident(f"{prefix}.{name}" for name, _ in block.named_parameters()):
+            yield block
+
+    @contextmanager
+    def resident_outside(self) -> Iterator[None]:
+        """Give all but the decoder blocks their weights: embeddings, norm, head."""
+        inside = f"{self._layers_name}."
+        with self._resident(n for n in self._names() if not n.startswith(inside)):
+            yield
+
+    @contextmanager
+    def resident(self) -> Iterator[PreTrainedModel]:
+        """Give the whole model its weights: it must fit into the device's memory."""
+        with self._resident(self._names()):
+            yield self.model
+
+    def fingerprint(self) -> str:
+        """Digest of the model's configuration and of its files."""
+        config = self.model.config.to_json_string(use_diff=False)
+        return fingerprint({"config": config, "weights": self.weights.fingerprint()})
+
     def storage_dtype(self, wanted: str) -> StorageDtype:
         """The 16-bit type to store, `auto` meaning the base model's own."""
         if wanted == "float16" or (
@@ -68,43 +141,169 @@ class BaseModel:
             return "float16"
         return "bfloat16"
 
+    @cached_property
+    def _layers(self) -> nn.ModuleList:
+        decoder = self.model.get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not layers:
+            raise QuantizeError(
+                f"{type(self.model).__name__}: {type(decoder).__name__} has no list of "
+                "decoder blocks named `layers`: this architecture is not supported"
+            )
+        return layers
 
-def load_base_model(model: str, device: torch.device) -> BaseModel:
-    """Load a Hub id, a local folder or a .gguf file (dequantized) in float32.
+    @cached_property
+    def _layers_name(self) -> str:
+        modules = self.model.named_modules()
+        return str(next(name for name, m in modules if m is self._layers))
+
+    def _names(self) -> list[str]:
+        return [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+
+    def _stored_name(self, name: str) -> str:
+        """The name under which a parameter is stored: its own, or its tied twin's."""
+        if name in self.weights:
+            return name
+        return str(self.model.all_tied_weights_keys.get(name, name))
+
+    def _load(self, name: str) -> Tensor:
+        stored = self.weights.load(self._stored_name(name))
+        # A copy: what is mapped from a file would count as this process's memory.
+        return stored.to(self.device, torch.float32, copy=True)
+
+    @contextmanager
+    def _resident(self, names: Iterable[str]) -> Iterator[None]:
+        loaded: dict[str, nn.Parameter] = {}
+        empty: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        try:
+            for name in names:
+                stored = self._stored_name(name)
+                if stored not in loaded:
+                    values = self._load(name)
+                    loaded[stored] = nn.Parameter(values, requires_grad=False)
+                module, _, leaf = name.rpartition(".")
+                parameters = self.model.get_submodule(module)._parameters
+                empty.append((parameters, leaf, parameters[leaf]))
+                parameters[leaf] = loaded[stored]
+            yield
+        finally:
+            for parameters, leaf, parameter in empty:
+                parameters[leaf] = parameter
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model's files lie."""
+
+    folder: Path
+    gguf: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What Transformers' `from_pretrained` takes."""
+        gguf = {"gguf_file": self.gguf} if self.gguf else {}
+        return {"pretrained_model_name_or_path": str(self.folder), **gguf}
+
+
+def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseModel:
+    """Open a Hub id, a local folder or a .gguf file.
+
+    A GGUF file, and a model whose files name tensors otherwise than its modules do,
+    is read whole, once, and stored anew in the work folder.
 
     Raises:
         QuantizeError: the model cannot be loaded or is quantized already.
     """
-    path = Path(model)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": model}
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise QuantizeError(f"{model}: no such file")
-        source = {
-            "pretrained_model_name_or_path": str(path.parent),
-            "gguf_file": path.name,
-        }
-    elif path.is_dir() and not (path / "config.json").is_file():
-        raise QuantizeError(f"{model}: the folder has no config.json")
     try:
-        config = AutoConfig.from_pretrained(**source)
+        source = _locate(model)
+        config = AutoConfig.from_pretrained(**source.arguments)
         if getattr(config, "quantization_config", None) is not None:
             raise QuantizeError(f"{model}: already quantized; give the 16-bit model")
-        extra: dict[str, Any] = {"dtype": torch.float32}
-        if "gguf_file" in source:
-            extra["quantization_config"] = GgufConfig(dequantize=True)
-        loaded = AutoModelForCausalLM.from_pretrained(**source, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        with init_empty_weights(include_buffers=False):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source.arguments)
+        if (source.folder / GENERATION_CONFIG_NAME).is_file() and not source.gguf:
+            skeleton.generation_config = GenerationConfig.from_pretrained(source.folder)
+        published, weights = _open_files(source, skeleton, workdir)
+    except (OSError, ValueError, ImportError) as error:
         if isinstance(error, QuantizeError):
             raise
         reason = str(error).strip().splitlines()[0]
         raise QuantizeError(f"{model}: cannot be loaded: {reason}") from error
-    loaded.eval().requires_grad_(False).to(device)
+    for module in skeleton.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    path = Path(model)
     name = path.absolute().name if path.is_dir() else model
     return BaseModel(
-        name=path.stem if path.suffix == ".gguf" else name,
-        model=loaded,
+        name=path.stem if source.gguf else name,
+        model=skeleton.eval().requires_grad_(False),
         tokenizer=tokenizer,
         stored_dtype=config.dtype or torch.float32,
+        device=device,
+        weights=weights,
+        published=published,
     )
+
+
+def _locate(model: str) -> _Source:
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise QuantizeError(f"{model}: no such file")
+        return _Source(path.absolute().parent, path.name)
+    if path.is_dir():
+        if not (path / CONFIG_NAME).is_file():
+            raise QuantizeError(f"{model}: the folder has no {CONFIG_NAME}")
+        return _Source(path.absolute())
+    return _Source(Path(snapshot_download(model, allow_patterns=_DOWNLOADED)))
+
+
+def _open_files(
+    source: _Source, skeleton: PreTrainedModel, workdir: WorkDir
+) -> tuple[WeightFiles, WeightFiles]:
+    """The files as published, and by the names of the modules."""
+    if source.gguf:
+        path = source.folder / source.gguf
+        status = path.stat()
+        depends = [str(path), status.st_size, status.st_mtime_ns]
+        converted = _convert(source, workdir, {"gguf": depends})
+        return converted, converted
+    published = open_weights(source.folder)
+    tied = skeleton.all_tied_weights_keys
+    names = [name for name, _ in skeleton.named_parameters() if name not in tied]
+    if all(name in published for name in names):
+        return published, published
+    return published, _convert(source, workdir, {"files": published.fingerprint()})
+
+
+def _convert(source: _Source, workdir: WorkDir, depends: dict[str, Any]) -> WeightFiles:
+    """Let Transformers read the model, and store it by the names of its modules."""
+    final = workdir.folder / f"weights-{fingerprint(depends)[:16]}"
+    if not final.is_dir():
+        arguments: dict[str, Any] = {"dtype": "auto"}
+        if source.gguf:
+            arguments = {
+                "dtype": torch.float32,
+                "quantization_config": GgufConfig(dequantize=True),
+            }
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            **source.arguments, **arguments, output_loading_info=True
+        )
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            raise QuantizeError(
+                f"{source.folder}: {missing[0]} and {len(missing) - 1} more tensors "
+                "are missing"
+            )
+        with staged_folder(final) as folder:
+            writer = CheckpointWriter(folder, _CONVERTED_SHARD_BYTES)
+            written: set[int] = set()
+            for name, tensor in model.state_dict().items():
+                # A tied tensor is stored once, under its first name.
+                if tensor.data_ptr() not in written:
+                    written.add(tensor.data_ptr())
+                    writer.add(name, tensor)
+            writer.close()
+    return open_weights(final)

@@ -2,86 +2,44 @@
 
 1. GPTQ of the whole model without kept weights gives Q(W).
 2. Gradients of the 16-bit model on the calibration text give |∂L/∂W|.
-3. One global budget picks the weights with the highest score.
+3. One budget picks the weights with the highest score.
 4. GPTQ again, those weights out of the grid and kept in 16 bits, gives the checkpoint.
+
+Each pass keeps its results in the work folder, under a fingerprint of what they depend
+on: a run goes on where one before it has stopped, and one with another ratio or other
+bits finds the gradients.
 """
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from time import perf_counter
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+import transformers
+from torch import Tensor
 
+from tacq_vllm import __version__
 from tacq_vllm.config import Recipe
-from tacq_vllm.format.checkpoint import CheckpointWriter
-from tacq_vllm.format.schema import (
-    DEFAULT_CIRCUIT,
-    QuantizationSchema,
-    check_linear_shape,
-    storage_dtype,
-)
-from tacq_vllm.quantize.blocks import (
-    batch_windows,
-    capture_inputs,
-    group_linears,
-    run_block,
-)
-from tacq_vllm.quantize.calibration import calibration_windows
+from tacq_vllm.format.schema import check_linear_shape
+from tacq_vllm.quantize import calibration, gradients
 from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.export import (
-    published_recipe,
-    staged_folder,
-    write_config,
-    write_unquantized,
-)
-from tacq_vllm.quantize.gptq import (
-    GptqResult,
-    Hessian,
-    quantize_matrix,
-    relative_error,
-)
+from tacq_vllm.quantize.export import WriteCard, check_output, export_checkpoint
+from tacq_vllm.quantize.layerwise import GptqPass, Masks, QuantizedBlocks
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.saliency import (
-    accumulate_gradients,
     gradient_power,
     needs_gradients,
     needs_quantized,
     saliency,
 )
+from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.selection import select_top
-from tacq_vllm.quantize.workdir import WorkDir
+from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir, fingerprint
+from tacq_vllm.quantize.world import World
 
-REPORT_NAME = "report.jsonl"
-TIMINGS_NAME = "timings.json"
-
-_BATCH_TOKENS = 4096
-"""Tokens that go through a block at once."""
-
-_GRADIENTS = "gradients"
-_PLAIN = "plain"
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """What quantizing one linear gave."""
-
-    name: str
-    bits: int
-    group_size: int
-    outliers: int
-    error: float
-    """Squared output error over squared output, on the calibration text."""
-    damp_percent: float
-
-
-Masks = Callable[[str], Tensor | None]
-WriteCard = Callable[[Path, QuantizationSchema], None]
-OnResult = Callable[[LinearReport, GptqResult, Tensor], None]
+Depends = dict[str, Any]
 
 
 def quantize_model(
@@ -91,8 +49,10 @@ def quantize_model(
     workdir: WorkDir,
     progress: Progress,
     write_card: WriteCard,
+    data_root: Path | None = None,
+    world: World | None = None,
 ) -> None:
-    """Make a checkpoint folder; the model is as before afterwards.
+    """Make a checkpoint folder.
 
     Args:
         base: the 16-bit model.
@@ -102,206 +62,203 @@ def quantize_model(
         progress: told of every phase and linear.
         write_card: adds the model card to a folder with all weights, given the
             quantization block.
+        data_root: folder of the named calibration sets; None: the Hub.
+        world: the processes that share the work; None: this one alone.
 
     Raises:
         QuantizeError: the model, the recipe or the calibration text do not fit.
     """
-    linears = base.linears()
-    _check_model(base, linears, recipe)
-    dtype = base.storage_dtype(recipe.export.dtype)
-    with staged_folder(output) as folder, torch.no_grad():
-        windows = calibration_windows(base, recipe.calibration, progress)
-        masks = _select(base, linears, recipe, windows, workdir, progress)
-
-        writer = CheckpointWriter(folder, recipe.export.max_shard_bytes)
-        reports: list[LinearReport] = []
-        seconds: dict[str, float] = {}
-        last = perf_counter()
-
-        def keep(report: LinearReport, result: GptqResult, kept: Tensor) -> None:
-            nonlocal last
-            packed = result.pack(kept, recipe.bits)
-            for suffix, tensor in packed.tensors().items():
-                writer.add(f"{report.name}.{suffix}", tensor)
-            reports.append(report)
-            now = perf_counter()
-            seconds[report.name], last = now - last, now
-
-        gptq_pass(base, recipe, windows, masks, "quantization", progress, keep)
-        write_unquantized(writer, base, dtype)
-        writer.close()
-        schema = QuantizationSchema(
-            bits=recipe.bits,
-            group_size=recipe.group_size,
-            dtype=dtype,
-            linears={name: _shape(linear) for name, linear in linears.items()},
-            circuits={DEFAULT_CIRCUIT: {r.name: r.outliers for r in reports}},
-            recipe=published_recipe(recipe),
-        )
-        rows = [json.dumps(asdict(report)) + "\n" for report in reports]
-        (folder / REPORT_NAME).write_text("".join(rows))
-        timings = {"phases": progress.seconds, "linears": seconds}
-        (folder / TIMINGS_NAME).write_text(json.dumps(timings, indent=2) + "\n")
-        write_card(folder, schema)
-        # Last: without config.json nothing takes the folder for a checkpoint.
-        write_config(folder, base, schema)
+    check_output(output)
+    _check_model(base, recipe, progress)
+    world = world or World()
+    common = _common_depends(base, world)
+    samples = _calibrate(base, recipe, common, data_root, workdir, progress, world)
+    run = _Run(base, recipe, samples, common, workdir, progress, world)
+    blocks = run.quantize()
+    if world.leads:
+        export_checkpoint(base, recipe, output, blocks, progress, write_card)
+    world.wait()
 
 
-def gptq_pass(
+def _common_depends(base: BaseModel, world: World) -> Depends:
+    """What every phase depends on."""
+    return {
+        "model": base.fingerprint(),
+        "device": base.device.type,
+        "processes": world.size,
+        "versions": {
+            "tacq_vllm": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _calibrate(
     base: BaseModel,
     recipe: Recipe,
-    windows: list[Tensor],
-    masks: Masks,
-    phase: str,
-    progress: Progress,
-    on_result: OnResult,
-) -> None:
-    """Quantize every linear in order, each on what the quantized ones before produce.
-
-    Args:
-        base: the model; its weights are restored block by block.
-        recipe: bits, group size, GPTQ settings.
-        windows: calibration tokens.
-        masks: the weights that a linear keeps, or None.
-        phase: name under which progress is reported.
-        progress: told of every linear.
-        on_result: called with each linear's report, result and mask.
-    """
-    inputs = capture_inputs(base, batch_windows(windows, _BATCH_TOKENS))
-    with progress.phase(phase, len(base.linears())) as bar:
-        for index, block in enumerate(base.blocks):
-            linears = base.block_linears(index)
-            originals = {name: m.weight.data for name, m in linears.items()}
-
-            def on_group(group: dict[str, nn.Linear], xs: list[Tensor]) -> None:
-                for report, result, kept in _quantize_group(
-                    base, recipe, group, xs, masks
-                ):
-                    group[report.name].weight.data = result.weight
-                    on_result(report, result, kept)
-                    bar.advance(
-                        detail=f"{report.name}  {report.outliers} kept  "
-                        f"error {report.error:.2e}"
-                    )
-
-            try:
-                run_block(block, index, inputs, group_linears(linears), on_group)
-            finally:
-                for name, module in linears.items():
-                    module.weight.data = originals[name]
-
-
-def _select(
-    base: BaseModel,
-    linears: dict[str, nn.Linear],
-    recipe: Recipe,
-    windows: list[Tensor],
+    common: Depends,
+    data_root: Path | None,
     workdir: WorkDir,
     progress: Progress,
-) -> Masks:
-    """Passes 1 to 3: the weights that each linear keeps."""
-    total = sum(linear.weight.numel() for linear in linears.values())
-    budget = int(recipe.outlier_ratio * total)
-    if budget == 0:
-        return lambda name: None
-    metric = recipe.outliers.saliency
-    if needs_quantized(metric):
-        gptq_pass(
-            base,
-            recipe,
-            windows,
-            lambda name: None,
-            "plain quantization",
-            progress,
-            lambda report, result, kept: workdir.save(
-                _PLAIN, report.name, result.weight
-            ),
+    world: World,
+) -> list[Sample]:
+    config = recipe.calibration
+    files = [Path(source) for source in config.sources if Path(source).is_file()]
+    depends = {
+        **common,
+        "calibration": config.model_dump(mode="json"),
+        "tokenizer": _digest(sorted(base.tokenizer.get_vocab().items())),
+        "chat_template": getattr(base.tokenizer, "chat_template", None),
+        "files": [_digest([path.read_bytes()]) for path in files],
+        "data_root": str(data_root.absolute()) if data_root else None,
+    }
+    folder = workdir.phase(calibration.PHASE, depends)
+    with world.leader_first():
+        return calibration.calibration_samples(
+            base, config, data_root, folder, progress
         )
-    if needs_gradients(metric):
-        power = gradient_power(metric)
-        gradients = accumulate_gradients(base, windows, power, progress)
-        for name in linears:
-            workdir.save(_GRADIENTS, name, gradients.pop(name))
-
-    def scores(name: str) -> Tensor:
-        W = linears[name].weight
-        load = partial(workdir.load, name=name)
-        gradient = load(_GRADIENTS) if needs_gradients(metric) else W
-        quantized = load(_PLAIN) if needs_quantized(metric) else W
-        return saliency(metric, W, gradient.to(W.device), quantized.to(W.device))
-
-    selection = select_top(linears, scores, budget)
-    return lambda name: selection.mask(name, scores(name))
 
 
-def _quantize_group(
-    base: BaseModel,
-    recipe: Recipe,
-    group: dict[str, nn.Linear],
-    xs: list[Tensor],
-    masks: Masks,
-) -> list[tuple[LinearReport, GptqResult, Tensor]]:
-    """Quantize linears that share their input, their rows stacked into one matrix."""
-    weights = [linear.weight.data for linear in group.values()]
-    kept = [masks(name) for name in group]
-    stacked_kept = [mask for mask in kept if mask is not None]
-    hessian = Hessian(weights[0].shape[1], weights[0].device)
-    for x in xs:
-        hessian.add(x)
-    H = hessian.mean()
-    try:
-        stacked = quantize_matrix(
-            torch.cat(weights),
-            H,
-            torch.cat(stacked_kept) if stacked_kept else None,
-            bits=recipe.bits,
-            group_size=recipe.group_size,
-            dtype=storage_dtype(base.storage_dtype(recipe.export.dtype)),
-            keep_original=recipe.outliers.kept_value == "original",
-            config=recipe.gptq,
+class _Run:
+    """One recipe on one model: the passes, and what each depends on."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        recipe: Recipe,
+        samples: list[Sample],
+        common: Depends,
+        workdir: WorkDir,
+        progress: Progress,
+        world: World,
+    ) -> None:
+        self._base = base
+        self._recipe = recipe
+        self._samples = samples
+        self._workdir = workdir
+        self._progress = progress
+        self._world = world
+        tokens = _digest(sample.tokens.numpy().tobytes() for sample in samples)
+        self._common = {**common, "tokens": tokens}
+
+    def quantize(self) -> QuantizedBlocks:
+        """All passes; the blocks of the last."""
+        budget = int(self._recipe.outlier_ratio * self._num_weights())
+        if budget == 0:
+            return self._gptq("quantization", self._gptq_depends(), lambda name: None)
+        metric = self._recipe.outliers.saliency
+        chosen: Depends = self._recipe.outliers.model_dump(mode="json")
+        plain: QuantizedBlocks | None = None
+        gradient: PhaseFolder | None = None
+        if needs_quantized(metric):
+            depends = self._gptq_depends()
+            plain = self._gptq("plain quantization", depends, lambda name: None)
+            chosen["plain"] = fingerprint(depends)
+        if needs_gradients(metric):
+            depends = self._gradient_depends()
+            gradient = self._gradients(depends)
+            chosen["gradients"] = fingerprint(depends)
+
+        def scores(name: str) -> Tensor:
+            W = self._base.weight(name)
+            loaded = (
+                gradients.load_gradient(self._base, gradient, name) if gradient else W
+            )
+            return saliency(metric, W, loaded, plain.weight(name) if plain else W)
+
+        masks = self._select(scores, budget)
+        depends = self._gptq_depends() | {"outliers": chosen}
+        return self._gptq("quantization", depends, masks)
+
+    def _gradients(self, depends: Depends) -> PhaseFolder:
+        folder = self._open("gradients", depends)
+        gradients.accumulate_gradients(
+            self._base,
+            self._samples,
+            gradient_power(self._recipe.outliers.saliency),
+            folder,
+            self._progress,
+            self._world,
         )
-    except QuantizeError as error:
-        raise QuantizeError(f"{', '.join(group)}: {error}") from error
-    results = []
-    start = 0
-    for name, W, mask in zip(group, weights, kept, strict=True):
-        rows = slice(start, start + W.shape[0])
-        start = rows.stop
-        result = GptqResult(
-            codes=stacked.codes[rows],
-            zeros=stacked.zeros[rows],
-            scales=stacked.scales[rows],
-            weight=stacked.weight[rows],
-            damp_percent=stacked.damp_percent,
-        )
-        if mask is None:
-            mask = torch.zeros_like(W, dtype=torch.bool)
-        report = LinearReport(
-            name=name,
-            bits=recipe.bits,
-            group_size=recipe.group_size,
-            outliers=int(mask.sum()),
-            error=relative_error(W, result.weight, H),
-            damp_percent=result.damp_percent,
-        )
-        results.append((report, result, mask))
-    return results
+        return folder
+
+    def _gptq(self, phase: str, depends: Depends, masks: Masks) -> QuantizedBlocks:
+        folder = self._open("gptq", depends)
+        return GptqPass(
+            self._base, self._recipe, self._samples, masks, folder, self._world
+        ).run(phase, self._progress)
+
+    def _open(self, name: str, depends: Depends) -> PhaseFolder:
+        """The folder of a phase; what made an earlier one useless is told."""
+        changes = self._workdir.differences(name, depends)
+        folder = self._workdir.phase(name, depends)
+        if changes and folder.is_empty:
+            self._progress.note(f"{name}: computed anew: {'; '.join(changes)}")
+        return folder
+
+    def _gptq_depends(self) -> Depends:
+        recipe = self._recipe
+        return {
+            **self._common,
+            "bits": recipe.bits,
+            "group_size": recipe.group_size,
+            "dtype": self._base.storage_dtype(recipe.export.dtype),
+            "gptq": recipe.gptq.model_dump(mode="json"),
+        }
+
+    def _gradient_depends(self) -> Depends:
+        return {
+            **self._common,
+            "scored": _digest(s.scored.numpy().tobytes() for s in self._samples),
+            "power": gradient_power(self._recipe.outliers.saliency),
+        }
+
+    def _select(self, scores: Callable[[str], Tensor], budget: int) -> Masks:
+        linears = self._base.linears()
+        if self._recipe.outliers.scope == "model":
+            selection = select_top(linears, scores, budget)
+            return lambda name: selection.mask(name, scores(name))
+        ratio = self._recipe.outlier_ratio
+
+        def mask(name: str) -> Tensor:
+            values = scores(name)
+            count = int(ratio * values.numel())
+            return select_top([name], lambda _: values, count).mask(name, values)
+
+        return mask
+
+    def _num_weights(self) -> int:
+        return sum(m.weight.numel() for m in self._base.linears().values())
 
 
-def _check_model(
-    base: BaseModel, linears: dict[str, nn.Linear], recipe: Recipe
-) -> None:
+def _check_model(base: BaseModel, recipe: Recipe, progress: Progress) -> None:
+    linears = base.linears()
     if not linears:
         raise QuantizeError(
-            f"{type(base.model).__name__}: no linears under the attention and MLP of "
-            "its decoder blocks"
+            f"{type(base.model).__name__}: {base.block_name(0)} has no linears under "
+            "self_attn or mlp: this architecture is not supported"
         )
     for name, linear in linears.items():
         try:
-            check_linear_shape(name, *_shape(linear), recipe.group_size)
+            check_linear_shape(
+                name, linear.out_features, linear.in_features, recipe.group_size
+            )
         except ValueError as error:
             raise QuantizeError(str(error)) from error
+    left = base.unquantized_modules()
+    if left:
+        quantized = sum(linear.weight.numel() for linear in linears.values())
+        share = sum(left.values()) / (quantized + sum(left.values()))
+        progress.note(
+            f"{', '.join(list(left)[:2])} and others, {len(left)} in all, are no "
+            f"linears and stay in 16 bits: {share:.1%} of the weights of the blocks"
+        )
 
 
-def _shape(linear: nn.Linear) -> tuple[int, int]:
-    return linear.out_features, linear.in_features
+def _digest(parts: Iterable[object]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, bytes) else repr(part).encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()

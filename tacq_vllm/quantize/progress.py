@@ -18,6 +18,9 @@ class Listener(Protocol):
     def phase_finished(self, name: str, seconds: float) -> None:
         """The phase is over."""
 
+    def noted(self, text: str) -> None:
+        """Something that the user should know: one line."""
+
 
 class Phase:
     """A running phase; `advance` reports steps."""
@@ -39,6 +42,11 @@ class Progress:
         self._listener = listener
         self.seconds: dict[str, float] = {}
         """Wall time of each finished phase."""
+
+    def note(self, text: str) -> None:
+        """Tell the user a line."""
+        if self._listener is not None:
+            self._listener.noted(text)
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Phase]:

@@ -1,44 +1,150 @@
-"""Tensors of finished phases on disk, so that memory does not grow with the model."""
+"""What a run keeps on disk, so that memory stays small and a killed run goes on.
 
+A work folder has one folder per phase and fingerprint. The fingerprint is a digest of
+just what the phase depends on, written beside its files: the same question finds its
+answer, another one gets a folder of its own. A file counts once it has its name; it
+gets it when it is whole.
+"""
+
+import hashlib
+import json
+import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tacq_vllm.quantize.world import World
 
-class WorkDir:
-    """One safetensors file per phase and linear, under a folder."""
+_DEPENDS_NAME = "depends.json"
+_PARTIAL = ".partial"
+
+
+class PhaseFolder:
+    """The files of one phase."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
-    def save(self, phase: str, name: str, tensor: Tensor) -> None:
-        """Store a tensor [any shape]."""
-        path = self._path(phase, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"tensor": tensor.detach().cpu().contiguous()}, path)
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).is_file()
 
-    def load(self, phase: str, name: str) -> Tensor:
-        """Read a tensor back, mapped from its file."""
-        return load_file(self._path(phase, name))["tensor"]
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is stored yet."""
+        return not any(self.folder.glob("*.safetensors"))
 
-    def _path(self, phase: str, name: str) -> Path:
-        return self._folder / phase / f"{name}.safetensors"
+    def save(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Store tensors, and text beside them; whole or not at all."""
+        path = self._path(name)
+        partial = path.with_name(path.name + _PARTIAL)
+        stored = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+        save_file(stored, partial, metadata=dict(notes or {}))
+        os.replace(partial, path)
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        """Read tensors back, mapped from their file."""
+        return load_file(self._path(name))
+
+    def load_tensor(self, name: str, key: str) -> Tensor:
+        """Read one tensor of a file."""
+        with safe_open(self._path(name), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+    def notes(self, name: str) -> dict[str, str]:
+        """Read the text that was stored beside tensors."""
+        with safe_open(self._path(name), framework="pt") as file:
+            return dict(file.metadata() or {})
+
+    def remove(self, name: str) -> None:
+        """Forget a file, if it is there."""
+        self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+class WorkDir:
+    """The folders of all phases."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def phase(self, name: str, depends: Mapping[str, Any]) -> PhaseFolder:
+        """The folder of a phase that depends on these JSON values."""
+        folder = self.folder / f"{name}-{fingerprint(depends)[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _DEPENDS_NAME).write_text(json.dumps(depends, indent=1) + "\n")
+        return PhaseFolder(folder)
+
+    def differences(self, name: str, depends: Mapping[str, Any]) -> list[str]:
+        """What the phase depended on in earlier runs, where it was not this.
+
+        Of several earlier runs that depended on the same things the one that differs
+        least is told; without one the list is empty.
+        """
+        wanted = json.loads(json.dumps(depends))
+        earlier = [
+            json.loads(path.read_text())
+            for path in self.folder.glob(f"{name}-*/{_DEPENDS_NAME}")
+        ]
+        changes = [
+            [
+                _difference(key, before[key], wanted[key])
+                for key in sorted(wanted)
+                if before[key] != wanted[key]
+            ]
+            for before in earlier
+            if before.keys() == wanted.keys()
+        ]
+        return min((change for change in changes if change), key=len, default=[])
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    readable = all(isinstance(value, int | float) for value in (before, now))
+    return f"{key} was {before}, is {now}" if readable else f"{key} changed"
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """Digest of JSON values, whatever the order of their keys."""
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @contextmanager
-def open_workdir(folder: Path | None) -> Iterator[WorkDir]:
-    """Use `folder`, which stays, or a temporary folder, which goes."""
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield WorkDir(folder)
-        return
-    temporary = Path(tempfile.mkdtemp(prefix="tacq-"))
+def open_workdir(folder: Path | None, output: Path, world: World) -> Iterator[WorkDir]:
+    """Use `folder`, which stays, or a hidden one beside `output`.
+
+    The hidden one goes when the body has succeeded; the next run with the same output
+    finds what a failed one has left.
+    """
+    chosen = folder or output.absolute().parent / f".{output.absolute().name}.work"
+    yield WorkDir(chosen)
+    world.wait()
+    if folder is None and world.leads:
+        shutil.rmtree(chosen, ignore_errors=True)
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """A hidden folder beside `final`, renamed to it when the body has succeeded."""
+    staging = final.parent / f".{final.name}{_PARTIAL}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     try:
-        yield WorkDir(temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    os.replace(staging, final)

@@ -1,0 +1,78 @@
+"""The base model's tensors on disk: safetensors files, read one tensor at a time."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tacq_vllm.format.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_json
+from tacq_vllm.format.schema import FormatError
+from tacq_vllm.quantize.errors import QuantizeError
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Tensors by name, each with the file that holds it."""
+
+    folder: Path
+    file_of: dict[str, str]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor, mapped from its file."""
+        with _open(self.folder / self.file_of[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def fingerprint(self) -> str:
+        """Digest of the files' headers, sizes and times: changes when they do."""
+        digest = hashlib.sha256()
+        for name in sorted(set(self.file_of.values())):
+            path = self.folder / name
+            status = path.stat()
+            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(int.from_bytes(file.read(8), "little")))
+        return digest.hexdigest()
+
+
+def open_weights(folder: Path) -> WeightFiles:
+    """Read the headers of a model folder's safetensors files.
+
+    Raises:
+        QuantizeError: there are none, or one is missing, truncated or malformed.
+    """
+    if (folder / INDEX_NAME).is_file():
+        try:
+            weight_map = read_json(folder / INDEX_NAME)["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (FormatError, KeyError, AttributeError, TypeError) as error:
+            raise QuantizeError(f"{folder / INDEX_NAME}: malformed: {error}") from error
+    elif (folder / WEIGHTS_NAME).is_file():
+        names = [WEIGHTS_NAME]
+    else:
+        raise QuantizeError(
+            f"{folder}: no {WEIGHTS_NAME} and no {INDEX_NAME}; "
+            "only safetensors are read"
+        )
+    file_of: dict[str, str] = {}
+    for name in names:
+        with _open(folder / name) as file:
+            file_of |= dict.fromkeys(file.keys(), name)
+    return WeightFiles(folder, file_of)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise QuantizeError(f"{path}: cannot be loaded: {error}") from error
