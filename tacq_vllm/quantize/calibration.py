@@ -6,11 +6,11 @@ paper, appendix D and E).
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tacq_vllm.config import CalibrationConfig
 from tacq_vllm.data.errors import DataError
@@ -23,6 +23,9 @@ from tacq_vllm.quantize.workdir import PhaseFolder
 
 SELF = "self"
 PHASE = "calibration"
+
+_TEXT_MARGIN = 8
+"""Windows are cut from this many times the tokens that they hold."""
 
 
 def calibration_samples(
@@ -58,71 +61,98 @@ def _all_sources(
     data_root: Path | None,
     progress: Progress,
 ) -> Iterator[Sample]:
-    reader = SampleReader(base.tokenizer, config.loss == "completion", data_root)
+    reader = SampleReader(
+        base.tokenizer, config.loss == "completion", data_root, config.seed
+    )
     limit = getattr(base.model.config, "max_position_embeddings", None)
     for index, source in enumerate(config.sources):
         count = len(range(index, config.num_samples, len(config.sources)))
+        if count == 0:
+            continue
         if source == SELF:
             yield from map(Sample.of, generate_windows(base, config, count, progress))
             continue
         found = reader.read(source)
-        name = Path(source).name
-        budget = count * config.seq_len
         if found.is_text:
-            tokens = join_tokens(found.samples)
-            chosen = cut_windows(tokens, config.seq_len, count, config.seed)
+            chosen = cut_windows(found.samples, config.seq_len, count, config.seed)
         else:
-            chosen = take_whole(found.samples, budget, limit, config.seed)
-        used = sum(sample.tokens.numel() for sample in chosen)
-        if count and used < 2:
+            chosen = take_whole(found.samples, count * config.seq_len, limit)
+        name = Path(source).name
+        if not chosen.samples:
             raise QuantizeError(f"calibration source {name!r}: no text to use")
-        whole = sum(sample.tokens.numel() for sample in found.samples)
-        if whole < budget:
+        if chosen.ran_out:
+            used = sum(sample.tokens.numel() for sample in chosen.samples)
             progress.note(
-                f"{name}: {whole} tokens, fewer than the {budget} asked for; used once"
+                f"{name}: {used} tokens, fewer than the {count * config.seq_len} asked "
+                "for; each is used once"
             )
-        yield from chosen
+        if chosen.too_long:
+            progress.note(
+                f"{name}: {chosen.too_long} samples left out, longer than the model's "
+                f"{limit} positions"
+            )
+        yield from chosen.samples
 
 
-def cut_windows(tokens: Tensor, seq_len: int, count: int, seed: int) -> list[Sample]:
-    """Windows of a text at random places; the whole text, once, if it is short.
+@dataclass(frozen=True)
+class Chosen:
+    """What was taken from a source."""
+
+    samples: list[Sample]
+    ran_out: bool
+    """The source holds less than was asked for."""
+    too_long: int = 0
+    """Samples that were left out."""
+
+
+def cut_windows(texts: Iterable[Sample], seq_len: int, count: int, seed: int) -> Chosen:
+    """Windows at random places of joined texts; all of them, once, if that is less.
 
     Args:
-        tokens: int64 [n].
+        texts: as many of them are joined as hold a few times the tokens needed.
         seq_len: tokens of a window.
         count: number of windows.
         seed: of their places.
     """
-    if tokens.numel() < count * seq_len:
-        parts = tokens.split(seq_len)
-        return [Sample.of(part) for part in parts if part.numel() > 1]
+    wanted = count * seq_len
+    parts: list[Sample] = []
+    total = 0
+    for text in texts:
+        parts.append(text)
+        total += text.tokens.numel()
+        if total >= _TEXT_MARGIN * wanted:
+            break
+    tokens = join_tokens(parts)
+    if total < wanted:
+        windows = [part for part in tokens.split(seq_len) if part.numel() > 1]
+        return Chosen([Sample.of(window) for window in windows], ran_out=True)
     generator = torch.Generator().manual_seed(seed)
-    last = max(tokens.numel() - seq_len, 1)
+    last = max(total - seq_len, 1)
     starts = torch.randint(last, (count,), generator=generator).tolist()
-    return [Sample.of(tokens[start : start + seq_len]) for start in starts]
+    windows = [tokens[start : start + seq_len] for start in starts]
+    return Chosen([Sample.of(window) for window in windows], ran_out=False)
 
 
-def take_whole(
-    samples: list[Sample], budget: int, limit: int | None, seed: int
-) -> list[Sample]:
-    """Whole samples in random order until the next would exceed the budget.
+def take_whole(samples: Iterable[Sample], budget: int, limit: int | None) -> Chosen:
+    """Whole samples in order until the next would exceed the budget.
 
     Args:
         samples: to choose from.
         budget: tokens in all; one sample is taken in any case.
         limit: longest sample that the model can take, or None.
-        seed: of their order.
     """
-    usable = [s for s in samples if 1 < s.tokens.numel() <= (limit or budget)]
-    random.Random(seed).shuffle(usable)
     chosen: list[Sample] = []
-    total = 0
-    for sample in usable:
-        total += sample.tokens.numel()
-        if chosen and total > budget:
-            break
-        chosen.append(sample)
-    return chosen
+    total = too_long = 0
+    for sample in samples:
+        size = sample.tokens.numel()
+        if limit is not None and size > limit:
+            too_long += 1
+        elif size > 1:
+            total += size
+            if chosen and total > budget:
+                return Chosen(chosen, ran_out=False, too_long=too_long)
+            chosen.append(sample)
+    return Chosen(chosen, ran_out=total < budget, too_long=too_long)
 
 
 def _save(samples: list[Sample], folder: PhaseFolder) -> None:

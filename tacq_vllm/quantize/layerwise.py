@@ -122,8 +122,9 @@ class GptqPass:
         self._folder = folder
         self._world = world
         self._dtype = storage_dtype(base.storage_dtype(recipe.export.dtype))
-        batches = batch_windows([s.tokens for s in samples], _BATCH_TOKENS)
-        self._batches = world.share(list(enumerate(batches)))
+        tokens = [sample.tokens for sample in world.share(samples)]
+        batches = enumerate(batch_windows(tokens, _BATCH_TOKENS))
+        self._batches = [(i * world.size + world.rank, batch) for i, batch in batches]
         self._calls = BlockCalls(base)
 
     def run(self, phase: str, progress: Progress) -> QuantizedBlocks:

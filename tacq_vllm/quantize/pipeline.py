@@ -113,11 +113,17 @@ def _calibrate(
         "files": [_digest([path.read_bytes()]) for path in files],
         "data_root": str(data_root.absolute()) if data_root else None,
     }
-    folder = workdir.phase(calibration.PHASE, depends)
     with world.leader_first():
-        return calibration.calibration_samples(
+        folder = workdir.phase(calibration.PHASE, depends)
+        samples = calibration.calibration_samples(
             base, config, data_root, folder, progress
         )
+    if len(samples) < world.size:
+        raise QuantizeError(
+            f"{world.size} processes share {len(samples)} calibration samples: start "
+            "fewer, or give more text"
+        )
+    return samples
 
 
 class _Run:
@@ -191,8 +197,9 @@ class _Run:
 
     def _open(self, name: str, depends: Depends) -> PhaseFolder:
         """The folder of a phase; what made an earlier one useless is told."""
-        changes = self._workdir.differences(name, depends)
-        folder = self._workdir.phase(name, depends)
+        with self._world.leader_first():
+            changes = self._workdir.differences(name, depends)
+            folder = self._workdir.phase(name, depends)
         if changes and folder.is_empty:
             self._progress.note(f"{name}: computed anew: {'; '.join(changes)}")
         return folder

@@ -1,8 +1,10 @@
 """Token samples, and how text, tasks and chats become them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar
 
 import torch
@@ -39,9 +41,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class SourceSamples:
-    """What a calibration source holds."""
+    """What a calibration source holds, in a seeded order, tokenized when asked for."""
 
-    samples: list[Sample]
+    samples: Iterator[Sample]
     is_text: bool
     """Running text, to be cut into windows; otherwise every sample stays whole."""
 
@@ -54,14 +56,20 @@ class SampleReader:
         completions_only: score the tokens of completions and of an assistant's turns
             alone; in running text every token counts all the same.
         data_root: folder of the named sets, or None for the Hub.
+        seed: of the samples' order.
     """
 
     def __init__(
-        self, tokenizer: Any, completions_only: bool, data_root: Path | None
+        self,
+        tokenizer: Any,
+        completions_only: bool,
+        data_root: Path | None,
+        seed: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._completions_only = completions_only
         self._data_root = data_root
+        self._seed = seed
 
     def read(self, source: str) -> SourceSamples:
         """Read a named set or a file.
@@ -73,17 +81,18 @@ class SampleReader:
         if source not in NAMED_SETS:
             return self._read_file(Path(source))
         named = load_named_set(source, "calibration", self._data_root)
-        if named.documents:
-            return SourceSamples([self._sample(t) for t in named.documents], True)
-        return SourceSamples(
-            [self._completion(i.prompt, i.completion, source) for i in named.items],
-            False,
-        )
+        texts = [partial(self._sample, text) for text in named.documents]
+        questions = [
+            partial(self._completion, item.prompt, item.completion, source)
+            for item in named.items
+        ]
+        return self._shuffled(texts or questions, is_text=bool(texts))
 
     def _read_file(self, path: Path) -> SourceSamples:
         kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
         if kind == ".txt":
-            return SourceSamples([self._sample(read_text(path))], True)
+            text = partial(self._sample, read_text(path))
+            return self._shuffled([text], is_text=True)
         if kind != ".jsonl":
             raise QuantizeError(
                 f"calibration source {str(path)!r}: neither `self`, nor one of "
@@ -91,16 +100,23 @@ class SampleReader:
             )
         lines = list(read_json_lines(path))
         samples = [self._line(line, where) for where, line in lines]
-        return SourceSamples(samples, all("text" in line for _, line in lines))
+        is_text = all("text" in line for _, line in lines)
+        return self._shuffled(samples, is_text=is_text)
 
-    def _line(self, line: Any, where: str) -> Sample:
+    def _shuffled(
+        self, samples: Sequence[Callable[[], Sample]], *, is_text: bool
+    ) -> SourceSamples:
+        order = Random(self._seed).sample(samples, len(samples))
+        return SourceSamples((sample() for sample in order), is_text)
+
+    def _line(self, line: Any, where: str) -> Callable[[], Sample]:
         match line:
             case {"text": str(text)}:
-                return self._sample(text)
+                return partial(self._sample, text)
             case {"prompt": str(prompt), "completion": str(completion)}:
-                return self._completion(prompt, completion, where)
+                return partial(self._completion, prompt, completion, where)
             case {"messages": list(messages)}:
-                return self._chat(messages, where)
+                return partial(self._chat, messages, where)
         raise QuantizeError(
             f"{where}: none of `text`, `prompt` with `completion`, or `messages`"
         )

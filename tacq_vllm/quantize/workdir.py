@@ -85,7 +85,9 @@ class WorkDir:
         """The folder of a phase that depends on these JSON values."""
         folder = self.folder / f"{name}-{fingerprint(depends)[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _DEPENDS_NAME).write_text(json.dumps(depends, indent=1) + "\n")
+        partial = folder / (_DEPENDS_NAME + _PARTIAL)
+        partial.write_text(json.dumps(depends, indent=1) + "\n")
+        os.replace(partial, folder / _DEPENDS_NAME)
         return PhaseFolder(folder)
 
     def differences(self, name: str, depends: Mapping[str, Any]) -> list[str]:
