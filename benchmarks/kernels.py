@@ -89,7 +89,7 @@ def run_shape(
     for width in bits:
         for group_size in group_sizes:
             packed = random_packed(width, n, k, group_size)
-            prepare(packed)
+            prepare(packed, x.dtype)
             nbytes = sum(t.nbytes for t in packed.tensors().values())
             copies = [clone(packed) for _ in range(max(2, ROTATED_BYTES // nbytes))]
             seconds = time_rotating(lambda p: quantized_linear(x, p, None), copies)

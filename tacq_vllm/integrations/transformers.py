@@ -105,7 +105,7 @@ class TacqQuantizer(HfQuantizer):
             fault = check_linear(packed)
             if fault:
                 raise FormatError(f"{name}.{fault}")
-            prepare(packed)
+            prepare(packed, model.dtype)
         return model
 
     def _dequantize(

@@ -1,18 +1,22 @@
-"""The exact linear on a CPU, compiled by numba, without a C compiler.
+"""The linear on an x86 CPU, compiled by numba, without a C compiler.
 
-A row's packed words go straight into vector registers: 16 codes at a time are shifted
-out of their words and their zero-point is taken off, all in float32. For few tokens
-they are multiplied into x at once; for many, blocks of rows are dequantized into a
-cache-sized buffer, for PyTorch's matrix product.
+Two ways:
 
-Threads are PyTorch's own: the kernels run in its OpenMP pool, so that no second pool
-competes for the cores. A row belongs to one thread: for few tokens the same inputs give
-the same bits with any number of threads; for many, that is up to PyTorch's product.
+* int8, the default for x in 16 bits: x is rounded to 8 bits, with a scale for every 32
+  columns, and multiplied with the codes in integers; kept weights are multiplied with x
+  as it is.
+* exact, for x in float32 and where the environment has TACQ_CPU_ACTIVATIONS=exact:
+  codes become floats in vector registers. For few tokens they are multiplied into x at
+  once; for many, blocks of rows are dequantized into a cache-sized buffer, for the
+  matrix product of PyTorch.
+
+Threads are PyTorch's own. A row belongs to one thread: the same inputs give the same
+bits with any number of threads, except that for many tokens in float32 that is up to
+PyTorch's product.
 """
 
-import ctypes
 import functools
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -20,14 +24,14 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.kernels.cpu_codegen import (
-    ARGUMENTS,
-    LANES,
-    Team,
-    compile_dequantize,
-    compile_linear,
-)
+from tacq_vllm.kernels import cpu_exact, cpu_int8
+from tacq_vllm.kernels.cpu_dots import best_dot
+from tacq_vllm.kernels.cpu_ir import LANES
+from tacq_vllm.kernels.cpu_rounding import BLOCK, chunk_columns, compile_rounding
+from tacq_vllm.kernels.openmp import OpenMP, find_openmp
 from tacq_vllm.kernels.reference import BLOCK_WEIGHTS
+
+ACTIVATIONS_VARIABLE = "TACQ_CPU_ACTIVATIONS"
 
 MAX_FUSED_TOKENS = 8
 """Rows of x up to which weights are multiplied in registers, without a buffer."""
@@ -37,7 +41,7 @@ _TOKEN_COUNTS = (1, 2, 4, MAX_FUSED_TOKENS)
 
 def available() -> bool:
     """Whether this process has an OpenMP runtime that the kernels can run in."""
-    return _openmp() is not None
+    return find_openmp() is not None
 
 
 def supports(x: Tensor, packed: PackedLinear) -> bool:
@@ -46,7 +50,7 @@ def supports(x: Tensor, packed: PackedLinear) -> bool:
         x.device.type == "cpu"
         and x.numel() > 0
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and packed.in_features % 32 == 0
+        and packed.in_features % BLOCK == 0
         and all(tensor.is_contiguous() for tensor in packed.tensors().values())
     )
 
@@ -54,7 +58,9 @@ def supports(x: Tensor, packed: PackedLinear) -> bool:
 def cpu_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     """Multiply x [..., in] with the weight: [..., out], in the type of x."""
     tokens = x.reshape(-1, packed.in_features).to(torch.float32).contiguous()
-    if tokens.shape[0] <= MAX_FUSED_TOKENS:
+    if _rounds(x.dtype, packed):
+        out = _rounded(tokens, packed)
+    elif tokens.shape[0] <= MAX_FUSED_TOKENS:
         out = _fused(tokens, packed)
     else:
         out = _blocked(tokens, packed)
@@ -62,47 +68,107 @@ def cpu_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     return result if bias is None else result + bias
 
 
-def warm_up(bits: int, dtype: torch.dtype) -> None:
-    """Compile the kernels of one bit width, so that no request waits for it."""
-    _dequantize_kernel(bits, dtype)
-    for tokens in _TOKEN_COUNTS:
-        _linear_kernel(bits, dtype, tokens)
+def warm_up(packed: PackedLinear, x_dtype: torch.dtype) -> None:
+    """Compile the kernels for weights like these, so that no request waits for it."""
+    bits, dtype = packed.bits, packed.scales.dtype
+    if _rounds(x_dtype, packed):
+        _int8_rounding(bits)
+        for tokens in _TOKEN_COUNTS:
+            _int8_linear(bits, dtype, _group_size(packed), tokens, dot_instructions())
+    else:
+        _exact_dequantize(bits, dtype)
+        for tokens in _TOKEN_COUNTS:
+            _exact_linear(bits, dtype, tokens)
 
 
-def _fused(x: Tensor, packed: PackedLinear) -> Tensor:
-    count = x.shape[0]
-    tokens = next(size for size in _TOKEN_COUNTS if size >= count)
-    if tokens != count:
-        x = torch.cat((x, x.new_zeros(tokens - count, x.shape[1])))
-    out = torch.empty(tokens, packed.out_features)
-    kernel = _linear_kernel(packed.bits, packed.scales.dtype, tokens)
-    _run(kernel, packed, x, out, 0, packed.out_features)
+def _rounded(x: Tensor, packed: PackedLinear) -> Tensor:
+    """The product with x in 8 bits: float32 [tokens, out]."""
+    count, columns = x.shape
+    whole = count // MAX_FUSED_TOKENS * MAX_FUSED_TOKENS
+    rest = _tile(count - whole) if count > whole else 0
+    x = _with_rows(x, whole + rest)
+    chunks = -(-columns // chunk_columns(packed.bits))
+    # What lies behind the last column stays zero.
+    codes = torch.zeros(
+        x.shape[0], chunks * chunk_columns(packed.bits), dtype=torch.int8
+    )
+    scales, sums = torch.zeros(2, x.shape[0], chunks * LANES)
+    openmp = _openmp()
+    openmp.run(
+        _int8_rounding(packed.bits),
+        (
+            x.data_ptr(),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            sums.data_ptr(),
+            columns,
+            chunks,
+            0,
+            x.shape[0],
+        ),
+    )
+    out = torch.empty(x.shape[0], packed.out_features)
+    for first, last, tile in (
+        (0, whole, MAX_FUSED_TOKENS),
+        (whole, whole + rest, rest),
+    ):
+        if first < last:
+            tiles = x[first:last].view(-1, tile, columns).transpose(1, 2).contiguous()
+            openmp.run(
+                _int8_linear(
+                    packed.bits,
+                    packed.scales.dtype,
+                    _group_size(packed),
+                    tile,
+                    dot_instructions(),
+                ),
+                (
+                    *_addresses(packed),
+                    tiles.data_ptr(),
+                    codes[first].data_ptr(),
+                    scales[first].data_ptr(),
+                    sums[first].data_ptr(),
+                    out[first].data_ptr(),
+                    last - first,
+                    columns,
+                    chunks,
+                    columns // packed.group_size,
+                    packed.out_features,
+                    0,
+                    packed.out_features,
+                ),
+            )
     return out[:count]
 
 
+def _fused(x: Tensor, packed: PackedLinear) -> Tensor:
+    """The exact product, for few tokens: float32 [tokens, out]."""
+    tile = _tile(x.shape[0])
+    out = torch.empty(tile, packed.out_features)
+    kernel = _exact_linear(packed.bits, packed.scales.dtype, tile)
+    _run_exact(kernel, packed, _with_rows(x, tile), out, 0, packed.out_features)
+    return out[: x.shape[0]]
+
+
 def _blocked(x: Tensor, packed: PackedLinear) -> Tensor:
+    """The exact product, for many tokens: float32 [tokens, out]."""
     rows = max(1, BLOCK_WEIGHTS // packed.in_features)
     out = torch.empty(x.shape[0], packed.out_features)
     block = torch.empty(rows, packed.in_features)
-    kernel = _dequantize_kernel(packed.bits, packed.scales.dtype)
+    kernel = _exact_dequantize(packed.bits, packed.scales.dtype)
     for start in range(0, packed.out_features, rows):
         stop = min(start + rows, packed.out_features)
-        _run(kernel, packed, x, block, start, stop)
+        _run_exact(kernel, packed, x, block, start, stop)
         out[:, start:stop] = dense_linear(x, block[: stop - start])
     return out
 
 
-def _run(
+def _run_exact(
     kernel: Any, packed: PackedLinear, x: Tensor, out: Tensor, start: int, stop: int
 ) -> None:
-    """Call a kernel for rows [start, stop) in every thread of PyTorch's pool."""
-    arguments = (ctypes.c_int64 * len(ARGUMENTS))(
-        packed.qweight.data_ptr(),
-        0 if packed.qweight_high is None else packed.qweight_high.data_ptr(),
-        packed.scales.data_ptr(),
-        packed.qzeros.data_ptr(),
-        0 if packed.qzeros_high is None else packed.qzeros_high.data_ptr(),
-        packed.outliers.data_ptr(),
+    """Run an exact kernel on rows [start, stop)."""
+    arguments = (
+        *_addresses(packed),
         x.data_ptr(),
         out.data_ptr(),
         packed.out_features,
@@ -112,51 +178,86 @@ def _run(
         start,
         stop,
     )
-    openmp = _openmp()
-    assert openmp is not None
-    threads = torch.get_num_threads()
-    openmp.parallel(kernel.address, ctypes.addressof(arguments), threads, 0)
+    _openmp().run(kernel, arguments)
 
 
-class _OpenMP:
-    """The OpenMP runtime that PyTorch has loaded."""
+def _addresses(packed: PackedLinear) -> tuple[int, ...]:
+    """Where the packed tensors lie, in the order in which kernels take them."""
+    high, zeros_high = packed.qweight_high, packed.qzeros_high
+    return (
+        packed.qweight.data_ptr(),
+        0 if high is None else high.data_ptr(),
+        packed.scales.data_ptr(),
+        packed.qzeros.data_ptr(),
+        0 if zeros_high is None else zeros_high.data_ptr(),
+        packed.outliers.data_ptr(),
+    )
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self.parallel = library.GOMP_parallel
-        """Calls the C function at an address in every thread of a team."""
-        address, count = ctypes.c_void_p, ctypes.c_uint
-        self.parallel.argtypes = (address, address, count, count)
-        self.parallel.restype = None
-        self.team = Team(library.omp_get_thread_num, library.omp_get_num_threads)
-        for function in (library.omp_get_thread_num, library.omp_get_num_threads):
-            function.argtypes = ()
-            function.restype = ctypes.c_int32
+
+def _tile(count: int) -> int:
+    """Tokens that a kernel for `count` of them works on at a time."""
+    return next(size for size in _TOKEN_COUNTS if size >= count)
+
+
+def _with_rows(x: Tensor, count: int) -> Tensor:
+    """Append rows of zeros up to `count`."""
+    missing = count - x.shape[0]
+    return x if missing == 0 else torch.cat((x, x.new_zeros(missing, x.shape[1])))
+
+
+def _group_size(packed: PackedLinear) -> int:
+    """Columns of a group as kernels are compiled for them; 0: the whole row."""
+    whole = packed.group_size == packed.in_features
+    return 0 if whole else packed.group_size
+
+
+def _rounds(x_dtype: torch.dtype, packed: PackedLinear) -> bool:
+    """Whether x is rounded to 8 bits."""
+    return (
+        x_dtype != torch.float32
+        and activations() == "int8"
+        and cpu_int8.supports_groups(packed.bits, packed.group_size, packed.in_features)
+    )
 
 
 @functools.cache
-def _openmp() -> _OpenMP | None:
-    # PyTorch uses one that was preloaded; else its own is among the mapped files.
-    everything = ctypes.CDLL(None)
-    if hasattr(everything, "GOMP_parallel"):
-        return _OpenMP(everything)
-    maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.is_file() else []
-    for path in sorted({line.split()[-1] for line in lines}):
-        # GNU's runtime, or one of the two that stand in for it.
-        if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
-            return _OpenMP(ctypes.CDLL(path))
-    return None
+def activations() -> str:
+    """What x in 16 bits becomes: `int8`, or `exact`: it is multiplied as it is."""
+    chosen = os.environ.get(ACTIVATIONS_VARIABLE, "int8")
+    if chosen not in ("int8", "exact"):
+        raise ValueError(f"{ACTIVATIONS_VARIABLE}={chosen}: int8 or exact is expected")
+    return chosen
 
 
 @functools.cache
-def _linear_kernel(bits: int, dtype: torch.dtype, tokens: int) -> Any:
-    openmp = _openmp()
+def dot_instructions() -> str:
+    """How bytes are multiplied here."""
+    return best_dot()
+
+
+def _openmp() -> OpenMP:
+    openmp = find_openmp()
     assert openmp is not None
-    return compile_linear(bits, dtype, tokens, openmp.team)
+    return openmp
 
 
 @functools.cache
-def _dequantize_kernel(bits: int, dtype: torch.dtype) -> Any:
-    openmp = _openmp()
-    assert openmp is not None
-    return compile_dequantize(bits, dtype, openmp.team)
+def _exact_linear(bits: int, dtype: torch.dtype, tokens: int) -> Any:
+    return cpu_exact.compile_linear(bits, dtype, tokens, _openmp().team)
+
+
+@functools.cache
+def _exact_dequantize(bits: int, dtype: torch.dtype) -> Any:
+    return cpu_exact.compile_dequantize(bits, dtype, _openmp().team)
+
+
+@functools.cache
+def _int8_rounding(bits: int) -> Any:
+    return compile_rounding(bits, _openmp().team)
+
+
+@functools.cache
+def _int8_linear(
+    bits: int, dtype: torch.dtype, group_size: int, tokens: int, dot: str
+) -> Any:
+    return cpu_int8.compile_linear(bits, dtype, group_size, tokens, dot, _openmp().team)

@@ -2,7 +2,7 @@
 
 | device | kernel |
 | --- | --- |
-| x86 CPU, where numba is installed | `cpu_linear` |
+| x86 CPU, where numba is installed | `cpu_linear`: 8-bit activations, or exact |
 | else | `reference`, in blocks of rows |
 """
 
@@ -83,12 +83,12 @@ def quantized_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Te
     return out
 
 
-def prepare(packed: PackedLinear) -> None:
-    """Compile, at load, the kernels that a linear will use."""
+def prepare(packed: PackedLinear, x_dtype: torch.dtype) -> None:
+    """Compile, at load, the kernels that a linear will use for x of a type."""
     if packed.qweight.device.type == "cpu":
         cpu_linear = _cpu_module()
         if cpu_linear is not None:
-            cpu_linear.warm_up(packed.bits, packed.scales.dtype)
+            cpu_linear.warm_up(packed, x_dtype)
 
 
 @functools.cache

@@ -50,7 +50,7 @@ def test_without_numba_the_reference_serves(
     out = quantized_linear(x, packed, None)
 
     assert torch.equal(out, linear_forward(x, packed, None))
-    prepare(packed)
+    prepare(packed, torch.float32)
 
 
 def test_a_linear_cut_by_columns() -> None:

@@ -121,6 +121,7 @@ class TacqLinearMethod(LinearMethodBase):
             ),
         )
         self.in_features = input_size_per_partition
+        self.x_dtype = params_dtype
         load_format = get_current_vllm_config().load_config.load_format
         self.is_dummy_load = load_format == "dummy"
 
@@ -137,7 +138,7 @@ class TacqLinearMethod(LinearMethodBase):
         fault = check_linear(self._packed(layer))
         if fault:
             refuse(f"{', '.join(self.names)}: {fault}")
-        prepare(self._packed(layer))
+        prepare(self._packed(layer), self.x_dtype)
 
     def apply(
         self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None

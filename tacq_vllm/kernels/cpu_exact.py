@@ -1,10 +1,10 @@
-"""LLVM code of the CPU kernels, emitted through numba.
+"""LLVM code of the exact CPU kernels, emitted through numba.
 
 Both kernels walk packed rows in the same way, `LANES` codes at a time; they differ in
 what they do with the weights: multiply them into x, or store them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,25 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 16
-"""Codes that are unpacked at a time."""
+from tacq_vllm.kernels.cpu_ir import (
+    F32,
+    FLOATS,
+    I16,
+    I32,
+    I64,
+    LANES,
+    WORDS,
+    Team,
+    add_product,
+    at,
+    lane_sum,
+    loader,
+    row_sharer,
+    splat,
+    store,
+    to_float,
+    zeroed,
+)
 
 ARGUMENTS = (
     "qweight",
@@ -42,18 +59,6 @@ worked on.
 """
 
 _NUM_ARGUMENTS = len(ARGUMENTS)
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_F32 = ir.FloatType()
-_VECTOR_F32 = ir.VectorType(_F32, LANES)
-_VECTOR_I32 = ir.VectorType(_I32, LANES)
-
-
-@dataclass(frozen=True)
-class Team:
-    """C functions that tell a thread its place in a parallel region."""
-
-    thread_number: Callable[[], int]
-    num_threads: Callable[[], int]
 
 
 def compile_linear(bits: int, dtype: torch.dtype, tokens: int, team: Team) -> Any:
@@ -69,10 +74,10 @@ def compile_linear(bits: int, dtype: torch.dtype, tokens: int, team: Team) -> An
         A C function void(int64 *arguments) with an `address`, to be called by every
         thread of a team; a row belongs to one thread.
     """
-    row_at, share = _row_finder(bits), _row_sharer(team)
+    row_at, share = _row_finder(bits), row_sharer(team, ARGUMENTS)
     row_dot = _row_dot(bits, dtype, tokens)
-    value_at, word_at = _load(_I16, dtype), _load(_I32)
-    float_at, store = _load(_F32), _store
+    value_at, word_at = loader(I16, dtype), loader(I32)
+    float_at = loader(F32)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
@@ -95,10 +100,10 @@ def compile_linear(bits: int, dtype: torch.dtype, tokens: int, team: Team) -> An
 
 def compile_dequantize(bits: int, dtype: torch.dtype, team: Team) -> Any:
     """Compile out[r - first_row] = W[r] in float32; otherwise as `compile_linear`."""
-    row_at, share = _row_finder(bits), _row_sharer(team)
+    row_at, share = _row_finder(bits), row_sharer(team, ARGUMENTS)
     row_values = _row_values(bits, dtype)
-    value_at, word_at = _load(_I16, dtype), _load(_I32)
-    float_at, store = _load(_F32), _store
+    value_at, word_at = loader(I16, dtype), loader(I32)
+    float_at = loader(F32)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
@@ -115,19 +120,6 @@ def compile_dequantize(bits: int, dtype: torch.dtype, team: Team) -> Any:
                 store(target, column, float_at(target, column) + value)
 
     return body
-
-
-def _row_sharer(team: Team) -> Any:
-    thread_number, num_threads = team.thread_number, team.num_threads
-
-    @numba.njit(inline="always")
-    def share(a):
-        """First row and end of the calling thread's part."""
-        size = (a[13] - a[12] + num_threads() - 1) // num_threads()
-        start = a[12] + thread_number() * size
-        return start, min(start + size, a[13])
-
-    return share
 
 
 def _row_finder(bits: int) -> Any:
@@ -175,17 +167,17 @@ def _each_group(
     builder: Any, row: _Row, bits: int, dtype: torch.dtype
 ) -> Iterator[tuple[Any, Any, Any]]:
     """Loop over groups: the first step, the zero-point and the scale, in all lanes."""
-    with cgutils.for_range(builder, row.groups, intp=_I64) as group:
-        stored = _at(builder, row.scales, group.index, _I16)
-        scale = _splat(builder, _to_float(builder, stored, dtype), _VECTOR_F32)
+    with cgutils.for_range(builder, row.groups, intp=I64) as group:
+        stored = at(builder, row.scales, group.index, I16)
+        scale = splat(builder, to_float(builder, stored, dtype), FLOATS)
         zero = _field(builder, row.zeros, group.index, row.zero_shift, bits)
         if bits == 3:
             top = _field(
                 builder, row.zeros_high, group.index, row.zero_high_shift, width=1
             )
-            zero = builder.or_(zero, builder.shl(top, _I32(2)))
+            zero = builder.or_(zero, builder.shl(top, I32(2)))
         first = builder.mul(group.index, row.steps)
-        yield first, _splat(builder, zero, _VECTOR_I32), scale
+        yield first, splat(builder, zero, WORDS), scale
 
 
 @contextmanager
@@ -193,11 +185,11 @@ def _each_step(
     builder: Any, row: _Row, first: Any, zero: Any, bits: int
 ) -> Iterator[tuple[Any, Any]]:
     """Loop over a group's steps: byte offset in a float row, and code - zero."""
-    with cgutils.for_range(builder, row.steps, intp=_I64) as step:
+    with cgutils.for_range(builder, row.steps, intp=I64) as step:
         index = builder.add(first, step.index)
         codes = _codes(builder, row, index, bits)
-        weight = builder.sitofp(builder.sub(codes, zero), _VECTOR_F32)
-        yield builder.mul(index, _I64(LANES * 4)), weight
+        weight = builder.sitofp(builder.sub(codes, zero), FLOATS)
+        yield builder.mul(index, I64(LANES * 4)), weight
 
 
 def _row_dot(bits: int, dtype: torch.dtype, tokens: int) -> Any:
@@ -212,21 +204,21 @@ def _row_dot(bits: int, dtype: torch.dtype, tokens: int) -> Any:
         def codegen(context, builder, signature, arguments):
             row = _Row(*cgutils.unpack_tuple(builder, arguments[0]))
             x, x_stride, out, out_stride = cgutils.unpack_tuple(builder, arguments[1])
-            sums = [_zeroed(builder) for _ in range(tokens)]
+            sums = [zeroed(builder) for _ in range(tokens)]
             with _each_group(builder, row, bits, dtype) as (first, zero, scale):
-                partial = [_zeroed(builder) for _ in range(tokens)]
+                partial = [zeroed(builder) for _ in range(tokens)]
                 with _each_step(builder, row, first, zero, bits) as (offset, weight):
                     for token, acc in enumerate(partial):
-                        line = builder.add(x, builder.mul(x_stride, _I64(token)))
+                        line = builder.add(x, builder.mul(x_stride, I64(token)))
                         place = builder.add(line, offset)
-                        values = _at(builder, place, _I64(0), _VECTOR_F32)
-                        _add_product(builder, acc, weight, values)
+                        values = at(builder, place, I64(0), FLOATS)
+                        add_product(builder, acc, weight, values)
                 for total, acc in zip(sums, partial, strict=True):
-                    _add_product(builder, total, scale, builder.load(acc))
+                    add_product(builder, total, scale, builder.load(acc))
             for token, total in enumerate(sums):
-                place = builder.add(out, builder.mul(out_stride, _I64(token)))
-                pointer = builder.inttoptr(place, _F32.as_pointer())
-                builder.store(_lane_sum(builder, builder.load(total)), pointer)
+                place = builder.add(out, builder.mul(out_stride, I64(token)))
+                pointer = builder.inttoptr(place, F32.as_pointer())
+                builder.store(lane_sum(builder, builder.load(total)), pointer)
             return context.get_dummy_value()
 
         return types.void(_ROW_TYPE, types.UniTuple(types.int64, 4)), codegen
@@ -247,7 +239,7 @@ def _row_values(bits: int, dtype: torch.dtype) -> Any:
                 _each_step(builder, row, first, zero, bits) as (offset, weight),
             ):
                 pointer = builder.inttoptr(
-                    builder.add(out, offset), _VECTOR_F32.as_pointer()
+                    builder.add(out, offset), FLOATS.as_pointer()
                 )
                 builder.store(builder.fmul(weight, scale), pointer, align=4)
             return context.get_dummy_value()
@@ -260,102 +252,26 @@ def _row_values(bits: int, dtype: torch.dtype) -> Any:
 def _codes(builder: Any, row: _Row, index: Any, bits: int) -> Any:
     """The 16 codes at step `index` of a row, as 32-bit lanes."""
     if bits == 4:
-        pair = _at(builder, row.low, index, ir.VectorType(_I32, 2))
-        picks = ir.Constant(_VECTOR_I32, [0] * 8 + [1] * 8)
+        pair = at(builder, row.low, index, ir.VectorType(I32, 2))
+        picks = ir.Constant(WORDS, [0] * 8 + [1] * 8)
         words = builder.shuffle_vector(pair, pair, picks)
-        shifts = ir.Constant(_VECTOR_I32, [4 * (lane % 8) for lane in range(LANES)])
+        shifts = ir.Constant(WORDS, [4 * (lane % 8) for lane in range(LANES)])
     else:
-        words = _splat(builder, _at(builder, row.low, index, _I32), _VECTOR_I32)
-        shifts = ir.Constant(_VECTOR_I32, [2 * lane for lane in range(LANES)])
-    mask = ir.Constant(_VECTOR_I32, [15 if bits == 4 else 3] * LANES)
+        words = splat(builder, at(builder, row.low, index, I32), WORDS)
+        shifts = ir.Constant(WORDS, [2 * lane for lane in range(LANES)])
+    mask = ir.Constant(WORDS, [15 if bits == 4 else 3] * LANES)
     codes = builder.and_(builder.lshr(words, shifts), mask)
     if bits != 3:
         return codes
     # The 16 bits of the high plane are one lane mask.
     lanes = builder.bitcast(
-        _at(builder, row.high, index, _I16), ir.VectorType(ir.IntType(1), LANES)
+        at(builder, row.high, index, I16), ir.VectorType(ir.IntType(1), LANES)
     )
-    four, none = (ir.Constant(_VECTOR_I32, [value] * LANES) for value in (4, 0))
+    four, none = (ir.Constant(WORDS, [value] * LANES) for value in (4, 0))
     return builder.or_(codes, builder.select(lanes, four, none))
 
 
 def _field(builder: Any, base: Any, index: Any, shift: Any, width: int) -> Any:
     """The packed zero-point (3 bits: its low or high part) in word `index`."""
-    word = builder.lshr(_at(builder, base, index, _I32), builder.trunc(shift, _I32))
-    return builder.and_(word, _I32({1: 1, 2: 3, 3: 3, 4: 15}[width]))
-
-
-def _at(builder: Any, base: Any, index: Any, kind: Any) -> Any:
-    """Load element `index` of an array of `kind` at the address `base`."""
-    lanes = getattr(kind, "count", 1)
-    width = getattr(kind, "element", kind)
-    size = {_I16: 2, _I32: 4, _F32: 4}[width] * lanes
-    address = builder.add(base, builder.mul(index, _I64(size)))
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=2)
-
-
-def _splat(builder: Any, value: Any, kind: Any) -> Any:
-    undefined = ir.Constant(kind, ir.Undefined)
-    single = builder.insert_element(undefined, value, _I32(0))
-    lanes = ir.Constant(_VECTOR_I32, [0] * LANES)
-    return builder.shuffle_vector(single, undefined, lanes)
-
-
-def _zeroed(builder: Any) -> Any:
-    """A vector of sums on the stack, which the compiler keeps in a register."""
-    slot = cgutils.alloca_once(builder, _VECTOR_F32)
-    builder.store(ir.Constant(_VECTOR_F32, [0.0] * LANES), slot)
-    return slot
-
-
-def _add_product(builder: Any, slot: Any, a: Any, b: Any) -> None:
-    kind = ir.FunctionType(_VECTOR_F32, [_VECTOR_F32] * 3)
-    function = cgutils.get_or_insert_function(
-        builder.module, kind, "llvm.fmuladd.v16f32"
-    )
-    builder.store(builder.call(function, [a, b, builder.load(slot)]), slot)
-
-
-def _lane_sum(builder: Any, vector: Any) -> Any:
-    kind = ir.FunctionType(_F32, [_F32, _VECTOR_F32])
-    function = cgutils.get_or_insert_function(
-        builder.module, kind, "llvm.vector.reduce.fadd.v16f32"
-    )
-    return builder.call(function, [_F32(0.0), vector], fastmath=("reassoc",))
-
-
-def _to_float(builder: Any, bits: Any, dtype: torch.dtype) -> Any:
-    """The 16 bits of a stored value as a float."""
-    if dtype == torch.float16:
-        return builder.fpext(builder.bitcast(bits, ir.HalfType()), _F32)
-    word = builder.shl(builder.zext(bits, _I32), _I32(16))
-    return builder.bitcast(word, _F32)
-
-
-def _load(kind: Any, dtype: torch.dtype | None = None) -> Any:
-    """Intrinsic: element `index` of an array at an address; `dtype` of 16-bit ones."""
-    result = types.int32 if kind is _I32 else types.float32
-
-    @intrinsic
-    def load(typing_context, base, index):
-        def codegen(context, builder, signature, arguments):
-            base, index = arguments
-            value = _at(builder, base, index, kind)
-            return value if dtype is None else _to_float(builder, value, dtype)
-
-        return result(types.int64, types.int64), codegen
-
-    return load
-
-
-@intrinsic
-def _store(typing_context, base, index, value):
-    """Store a float at element `index` of an array at an address."""
-
-    def codegen(context, builder, signature, arguments):
-        base, index, value = arguments
-        address = builder.add(base, builder.mul(index, _I64(4)))
-        builder.store(value, builder.inttoptr(address, _F32.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), codegen
+    word = builder.lshr(at(builder, base, index, I32), builder.trunc(shift, I32))
+    return builder.and_(word, I32({1: 1, 2: 3, 3: 3, 4: 15}[width]))

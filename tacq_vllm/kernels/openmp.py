@@ -1,0 +1,52 @@
+"""PyTorch's own OpenMP threads, for kernels that numba has compiled.
+
+No second pool competes with PyTorch's for the cores.
+"""
+
+import ctypes
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tacq_vllm.kernels.cpu_ir import Team
+
+
+class OpenMP:
+    """The OpenMP runtime that PyTorch has loaded."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._parallel = library.GOMP_parallel
+        """Calls the C function at an address in every thread of a team."""
+        address, count = ctypes.c_void_p, ctypes.c_uint
+        self._parallel.argtypes = (address, address, count, count)
+        self._parallel.restype = None
+        self.team = Team(library.omp_get_thread_num, library.omp_get_num_threads)
+        for function in (library.omp_get_thread_num, library.omp_get_num_threads):
+            function.argtypes = ()
+            function.restype = ctypes.c_int32
+
+    def run(self, kernel: Any, arguments: Iterable[int]) -> None:
+        """Call a compiled kernel in as many threads as PyTorch uses."""
+        values = tuple(arguments)
+        stored = (ctypes.c_int64 * len(values))(*values)
+        threads = torch.get_num_threads()
+        self._parallel(kernel.address, ctypes.addressof(stored), threads, 0)
+
+
+@functools.cache
+def find_openmp() -> OpenMP | None:
+    """PyTorch's runtime; None where it has none that is known."""
+    # PyTorch uses one that was preloaded; else its own is among the mapped files.
+    everything = ctypes.CDLL(None)
+    if hasattr(everything, "GOMP_parallel"):
+        return OpenMP(everything)
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    for path in sorted({line.split()[-1] for line in lines}):
+        # GNU's runtime, or one of the two that stand in for it.
+        if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
+            return OpenMP(ctypes.CDLL(path))
+    return None

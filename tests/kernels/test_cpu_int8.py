@@ -1,0 +1,219 @@
+import importlib.util
+import platform
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.builders import assert_is_product, random_linear
+
+if platform.machine() != "x86_64" or importlib.util.find_spec("numba") is None:
+    pytest.skip("the kernel needs numba on x86-64", allow_module_level=True)
+
+from tacq_vllm.kernels import cpu_linear as kernel
+from tacq_vllm.kernels.cpu_int8 import supports_groups
+from tacq_vllm.kernels.cpu_linear import cpu_linear
+
+if not kernel.available():
+    pytest.skip("PyTorch runs without OpenMP", allow_module_level=True)
+
+BITS = [2, 3, 4]
+BEST = kernel.dot_instructions()
+DOTS = {"vnni": ["vnni", "avx2", "plain"], "avx2": ["avx2", "plain"]}.get(
+    BEST, ["plain"]
+)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_input(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def bytes_input(tokens: int, columns: int) -> Tensor:
+    """Integers that 8 bits hold exactly: the largest of each block is 127."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randint(-127, 128, (tokens, columns), generator=generator)
+    x[:, ::32] = 127
+    return x.bfloat16()
+
+
+def relative_error(out: Tensor, x: Tensor, dense: Tensor) -> float:
+    expected = x.double() @ dense.T
+    size = (x.double().square() @ dense.square().T).sum().sqrt()
+    return float((out.double() - expected).norm() / size)
+
+
+@given(
+    bits=st.sampled_from(BITS),
+    out_features=st.integers(1, 70),
+    columns=st.sampled_from([(32, 16), (96, 32), (128, 128), (576, 64), (768, 256)]),
+    whole_row=st.booleans(),
+    density=st.floats(0, 0.05),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    tokens=st.sampled_from([1, 2, 3, 4, 12]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=20)
+def test_any_shape(
+    bits: int,
+    out_features: int,
+    columns: tuple[int, int],
+    whole_row: bool,
+    density: float,
+    dtype: torch.dtype,
+    tokens: int,
+    seed: int,
+) -> None:
+    in_features, group_size = columns
+    group_size = -1 if whole_row else group_size
+    packed, dense = random_linear(
+        bits, out_features, in_features, group_size, density, dtype, seed
+    )
+    x = random_input(tokens, in_features, dtype=dtype)
+
+    out = cpu_linear(x, packed, None)
+
+    assert out.dtype == dtype
+    assert relative_error(out, x, dense) < 1.5e-2
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("dot", "tokens", "in_features", "group_size"),
+    [
+        *((dot, 1, 576, 64) for dot in DOTS),
+        *((dot, 4, 1536, -1) for dot in DOTS),
+        (BEST, 3, 96, 16),
+        (BEST, 13, 576, 64),
+        (BEST, 2, 1024, 512),
+    ],
+)
+def test_what_8_bits_hold_is_multiplied_exactly(
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    dot: str,
+    tokens: int,
+    in_features: int,
+    group_size: int,
+) -> None:
+    monkeypatch.setattr(kernel, "dot_instructions", lambda: dot)
+    packed, dense = random_linear(
+        bits, 37, in_features, group_size, 0.02, torch.bfloat16, 1
+    )
+    x = bytes_input(tokens, in_features)
+
+    # The product before it is rounded to the type of x.
+    out = kernel._rounded(x.float(), packed)
+
+    assert_is_product(out, x.float(), dense)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dot", DOTS)
+def test_the_largest_codes_and_bytes_do_not_overflow(
+    monkeypatch: pytest.MonkeyPatch, bits: int, dot: str
+) -> None:
+    monkeypatch.setattr(kernel, "dot_instructions", lambda: dot)
+    packed, _ = random_linear(bits, 16, 4096, -1, 0.0, torch.bfloat16, 2)
+    for plane in packed.weight_planes:
+        plane.fill_(-1)
+    for plane in packed.zero_planes:
+        plane.zero_()
+    x = torch.full((2, 4096), 127.0)
+    x[1] = -127.0
+
+    out = kernel._rounded(x, packed)
+
+    expected = 127.0 * 4096 * (2**bits - 1) * packed.scales[:, 0].float()
+    torch.testing.assert_close(out[0], expected)
+    torch.testing.assert_close(out[1], -expected)
+
+
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_bits_do_not_depend_on_threads_or_runs(bits: int, tokens: int) -> None:
+    packed, _ = random_linear(bits, 67, 576, 64, 0.03, torch.bfloat16, 5)
+    x = random_input(tokens, 576)
+    results = []
+
+    for threads in (1, 2, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(cpu_linear(x, packed, None))
+
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_token_does_not_see_its_neighbours(bits: int) -> None:
+    packed, _ = random_linear(bits, 33, 576, 64, 0.03, torch.bfloat16, 6)
+    x = random_input(13, 576)
+
+    together = cpu_linear(x, packed, None)
+
+    alone = torch.cat([cpu_linear(row, packed, None) for row in x.split(1)])
+    assert torch.equal(together, alone)
+
+
+def test_zeros_and_numbers_that_are_none() -> None:
+    packed, _ = random_linear(3, 20, 96, 32, 0.02, torch.bfloat16, 7)
+    x = torch.zeros(4, 96, dtype=torch.bfloat16)
+    x[1, 5] = torch.nan
+    x[2, 40] = torch.inf
+
+    out = cpu_linear(x, packed, None)
+
+    assert bool((out[[0, 3]] == 0).all())
+    assert not bool(out[[1, 2]].isfinite().any())
+
+
+def test_bias() -> None:
+    packed, _ = random_linear(2, 20, 64, 32, 0.02, torch.bfloat16, 8)
+    x, bias = random_input(3, 64), random_input(20)
+
+    out = cpu_linear(x, packed, bias)
+
+    assert torch.equal(out, cpu_linear(x, packed, None) + bias)
+
+
+def test_float32_is_exact() -> None:
+    packed, dense = random_linear(3, 20, 64, 32, 0.02, torch.bfloat16, 9)
+    x = random_input(3, 64, dtype=torch.float32)
+
+    assert_is_product(cpu_linear(x, packed, None), x, dense)
+
+
+def test_groups_across_chunks_are_exact() -> None:
+    assert not supports_groups(2, 48, 96)
+    packed, dense = random_linear(2, 20, 96, 48, 0.02, torch.bfloat16, 9)
+    x = random_input(3, 96)
+
+    assert_is_product(cpu_linear(x, packed, None), x, dense)
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, dense = random_linear(3, 40, 64, 32, 0.02, torch.bfloat16, 10)
+    x = random_input(3, 64)
+    rounded = cpu_linear(x, packed, None)
+    kernel.activations.cache_clear()
+    monkeypatch.setenv(kernel.ACTIVATIONS_VARIABLE, "exact")
+    try:
+        exact = cpu_linear(x, packed, None)
+        kernel.activations.cache_clear()
+        monkeypatch.setenv(kernel.ACTIVATIONS_VARIABLE, "bf16")
+        with pytest.raises(ValueError, match="TACQ_CPU_ACTIVATIONS=bf16: int8 or"):
+            cpu_linear(x, packed, None)
+    finally:
+        kernel.activations.cache_clear()
+
+    assert relative_error(exact, x, dense) < relative_error(rounded, x, dense) / 1.5
