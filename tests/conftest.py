@@ -1,6 +1,9 @@
+import json
+import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,22 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.trainers import WordLevelTrainer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from tacq_vllm.config import CalibrationConfig, GptqConfig, Recipe
+from tacq_vllm.config import CalibrationConfig, GptqConfig, Recipe, override_recipe
 from tacq_vllm.hub import write_model_card
-from tacq_vllm.quantize.model import BaseModel, load_base_model
+from tacq_vllm.quantize.export import TIMINGS_NAME
+from tacq_vllm.quantize.model import BaseModel, open_base_model
 from tacq_vllm.quantize.pipeline import quantize_model
-from tacq_vllm.quantize.progress import Progress
-from tacq_vllm.quantize.workdir import WorkDir
+from tacq_vllm.quantize.progress import Listener, Progress
+from tacq_vllm.quantize.samples import Sample
+from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
 
 settings.register_profile("tacq", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("tacq")
@@ -59,6 +70,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The same tokenizer, of a model that chats."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}<s> assistant {% endif %}"
+    )
+    return tokenizer
+
+
 TinyLlama = Callable[..., Path]
 
 
@@ -96,9 +117,21 @@ def tiny_model(tiny_llama: TinyLlama) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tiny_model: Path) -> BaseModel:
-    """The tiny model, loaded; tests leave it as it is."""
-    return load_base_model(str(tiny_model), torch.device("cpu"))
+def tiny_base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """The tiny model, opened; tests leave it as it is."""
+    return open_model(tiny_model, tmp_path_factory.mktemp("opened"))
+
+
+@pytest.fixture
+def plain_model(tiny_model: Path) -> PreTrainedModel:
+    """The tiny model as Transformers loads it, whole, in float32."""
+    return LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def phase_folder(tmp_path: Path) -> PhaseFolder:
+    """An empty folder for the files of a phase."""
+    return WorkDir(tmp_path / "work").phase("test", {})
 
 
 @pytest.fixture(scope="session")
@@ -122,15 +155,155 @@ def tiny_recipe(text_file: Path) -> Recipe:
     )
 
 
-def run_pipeline(base: BaseModel, recipe: Recipe, output: Path, work_dir: Path) -> None:
+@pytest.fixture(scope="session")
+def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts with completions, of many lengths."""
+    path = tmp_path_factory.mktemp("task") / "task.jsonl"
+    sentences = make_text().split(" . ")
+    with path.open("w") as file:
+        for index in range(40):
+            prompt = " . ".join(sentences[4 * index : 4 * index + 1 + index % 3])
+            task = {"prompt": prompt, "completion": f" {sentences[4 * index + 3]}"}
+            file.write(json.dumps(task) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of two named sets: four questions to calibrate on, and a text."""
+    root = tmp_path_factory.mktemp("data")
+
+    def write_problems(name: str, things: list[str]) -> None:
+        problems = [
+            {"question": f"the {thing}", "answer": f"a {thing} again"}
+            for thing in things
+        ]
+        lines = [json.dumps(problem) + "\n" for problem in problems]
+        (root / "gsm8k" / name).write_text("".join(lines))
+
+    (root / "gsm8k").mkdir()
+    shots = [f"shot {number}" for number in range(8)]
+    write_problems("train.jsonl", [*shots, "river", "city", "garden", "song"])
+    write_problems("dev.jsonl", ["train", "window"])
+    (root / "wikitext2").mkdir()
+    (root / "wikitext2" / "train.txt").write_text(make_text())
+    (root / "wikitext2" / "test.txt").write_text("the loud bridge")
+    return root
+
+
+class Recorder:
+    """A listener that keeps all it is told, and may interrupt a phase at a step."""
+
+    def __init__(self, phase: str = "", step: int = 0) -> None:
+        self.phases: dict[str, int] = {}
+        """Steps that each finished phase has reported."""
+        self.notes: list[str] = []
+        self._announced: dict[str, int] = {}
+        self._done: dict[str, int] = {}
+        self._stop_at = (phase, step)
+
+    def phase_started(self, name: str, total: int) -> None:
+        self._announced[name] = total
+        self._done[name] = 0
+
+    def phase_advanced(self, name: str, steps: int, detail: str) -> None:
+        self._done[name] += steps
+        if (name, self._done[name]) == self._stop_at:
+            raise KeyboardInterrupt
+
+    def phase_finished(self, name: str, seconds: float) -> None:
+        assert self._done[name] == self._announced[name]
+        self.phases[name] = self._done[name]
+
+    def noted(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def quick(recipe: Recipe, **overrides: Any) -> Recipe:
+    """A recipe changed in some fields, with as few samples as can be."""
+    fields = {"calibration.num_samples": 2, "gptq.grid_steps": 4}
+    return override_recipe(recipe, fields | overrides)
+
+
+@contextmanager
+def interrupted_at_file(count: int) -> Iterator[None]:
+    """Stop the body where its n-th file would get its name."""
+    seen = 0
+
+    def replace(source: Path, target: Path) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == count:
+            raise KeyboardInterrupt
+        os.rename(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with suppress(KeyboardInterrupt):
+            yield
+    assert seen == count, "there are not so many files"
+
+
+def open_model(model: Path, work_dir: Path) -> BaseModel:
+    """Open a model as the command line does."""
+    return open_base_model(str(model), torch.device("cpu"), WorkDir(work_dir))
+
+
+def run_pipeline(
+    base: BaseModel,
+    recipe: Recipe,
+    output: Path,
+    work_dir: Path,
+    listener: Listener | None = None,
+    data_root: Path | None = None,
+) -> None:
     """Quantize as the command line does."""
     quantize_model(
         base,
         recipe,
         output,
         WorkDir(work_dir),
-        Progress(),
+        Progress(listener),
         lambda folder, schema: write_model_card(folder, schema, base.name),
+        data_root,
+    )
+
+
+def random_samples(*lengths: int) -> list[Sample]:
+    """Samples of random tokens, some of which do not count, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for length in lengths:
+        tokens = torch.randint(VOCAB_SIZE, (length,), generator=generator)
+        scored = torch.rand(length, generator=generator) < 0.5
+        scored[-1] = True
+        samples.append(Sample(tokens, scored))
+    return samples
+
+
+def assert_released(base: BaseModel) -> None:
+    """Nothing is in memory, and the modules are as they were made."""
+    for name, parameter in base.model.named_parameters():
+        assert parameter.is_meta, name
+        assert not parameter.requires_grad, name
+        assert parameter.grad is None, name
+    for name, module in base.model.named_modules():
+        assert not module._forward_pre_hooks, name
+        assert not module._forward_hooks, name
+        assert "forward" not in vars(module), name
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of a checkpoint's files, but for the one that tells the time."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files.pop(TIMINGS_NAME)
+    return files
+
+
+def is_equal(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Whether both hold the same values by the same names."""
+    return tensors.keys() == others.keys() and all(
+        torch.equal(tensors[name], others[name]) for name in tensors
     )
 
 

@@ -3,26 +3,40 @@ import os
 import shutil
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from time import perf_counter
 
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner, Result
 
 from tacq_vllm import __version__
-from tacq_vllm.cli import app
+from tacq_vllm.cli import RichListener, app
 from tacq_vllm.config import Recipe
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.validation import find_faults
+from tacq_vllm.quantize.progress import Progress as RunProgress
 from tests.builders import rewrite_tensors, truncate
+from tests.conftest import make_chat_tokenizer
 
 TACQ = Path(sys.executable).parent / "tacq"
 
 
 def tacq(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def chat_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "tiny-chat"
+    shutil.copytree(tiny_model, folder)
+    make_chat_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def assert_one_line(result: Result, reason: str) -> None:
@@ -161,6 +175,8 @@ def test_quantize_end_to_end(tiny_model: Path, text_file: Path, tmp_path: Path) 
         f"737 weights kept, {figures.checkpoint_bytes / 1e6:.1f} MB\n"
     )
     assert "quantization 14/14  model.layers.1.mlp.down_proj" in result.stderr
+    assert (tmp_path / "work").is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "work"}
     recipe = Recipe.model_validate(read_schema(output).recipe)
     assert (recipe.bits, recipe.group_size, recipe.outliers.ratio) == (2, 32, 0.01)
     assert (recipe.method, recipe.outliers.saliency) == ("tacq", "msg")
@@ -172,6 +188,12 @@ def test_quantize_end_to_end(tiny_model: Path, text_file: Path, tmp_path: Path) 
     assert "tiny-llama, TaCQ 2 bits" in card
 
 
+def quick_arguments(model: Path, output: Path, *sources: str | Path) -> list[str]:
+    options = "--group-size 32 --num-samples 2 --seq-len 32 --device cpu".split()
+    calibration = [part for s in sources for part in ("--calibration", str(s))]
+    return ["quantize", str(model), "--output", str(output), *options, *calibration]
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -181,21 +203,96 @@ def test_quantize_end_to_end(tiny_model: Path, text_file: Path, tmp_path: Path) 
         (["--recipe", "nobody/nothing"], "no recipe 'nobody/nothing'"),
         (["--num-samples", "0"], "calibration.num_samples: "),
         (["--outlier-ratio", "2"], "outliers.ratio: "),
-        (["--calibration", "nowhere.txt"], "'nowhere.txt': no such file"),
-        (["--seq-len", "100000"], "tokens, fewer than one window of 100000"),
+        (["--calibration", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--calibration", "table.csv"], "'table.csv': neither `self`, nor one of"),
+        (
+            ["--calibration", "gsm8k", "--data-root", "nowhere"],
+            "nowhere/gsm8k/train.jsonl: no such file",
+        ),
+        (["--calibration", "self", "--seq-len", "2"], "seq_len 2 leaves no room"),
     ],
 )
 def test_bad_options(
-    tiny_model: Path, text_file: Path, tmp_path: Path, options: list[str], reason: str
+    chat_model: Path, text_file: Path, tmp_path: Path, options: list[str], reason: str
 ) -> None:
-    arguments = ["quantize", tiny_model, "--output", tmp_path / "out", *options]
+    arguments = ["quantize", chat_model, "--output", tmp_path / "out", *options]
     if "--calibration" not in options:
         arguments += ["--calibration", text_file]
 
     result = tacq(*arguments)
 
     assert_one_line(result, reason)
-    assert not list(tmp_path.iterdir())
+    # Nothing is there but where the next run would go on.
+    assert {path.name for path in tmp_path.iterdir()} <= {".out.work"}
+
+
+def test_a_named_set_in_a_folder(
+    tiny_model: Path, data_root: Path, tmp_path: Path
+) -> None:
+    arguments = quick_arguments(tiny_model, tmp_path / "out", "gsm8k", "wikitext2")
+
+    result = tacq(*arguments, "--data-root", data_root, "--method", "gptq")
+
+    assert result.exit_code == 0, result.stderr
+    recipe = Recipe.model_validate(read_schema(tmp_path / "out").recipe)
+    assert recipe.calibration.sources == ("gsm8k", "wikitext2")
+    assert str(data_root) not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_the_hidden_work_folder_goes(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    result = tacq(*quick_arguments(tiny_model, tmp_path / "out", text_file))
+
+    assert result.exit_code == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_found_in_a_work_folder_is_told(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def quantize(name: str, *options: str) -> list[str]:
+        arguments = quick_arguments(tiny_model, tmp_path / name, text_file)
+        result = tacq(*arguments, "--work-dir", tmp_path / "work", *options)
+        assert result.exit_code == 0, result.stderr
+        return result.stderr.splitlines()
+
+    first = quantize("first")
+    other = quantize("other", "--bits", "2")
+
+    assert not any("taken" in line or "anew" in line for line in first)
+    assert [line for line in other if "taken" in line or "anew" in line] == [
+        "calibration: taken from the work folder",
+        "gptq: computed anew: bits was 3, is 2",
+        "gradients: taken from the work folder",
+        "gptq: computed anew: bits was 3, is 2; outliers changed",
+    ]
+    assert sum(line.endswith(" steps") for line in other) == 3
+
+
+def test_a_source_that_runs_out_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("the old river follows a garden again .")
+
+    result = tacq(*quick_arguments(tiny_model, tmp_path / "out", text))
+
+    assert result.exit_code == 0, result.stderr
+    assert "short.txt: 8 tokens, fewer than the 64 asked for" in result.stderr
+
+
+def test_notes_and_phases_on_a_terminal() -> None:
+    shown = StringIO()
+    console = Console(file=shown, force_terminal=True, width=120)
+
+    with Progress(*Progress.get_default_columns(), console=console) as bars:
+        progress = RunProgress(RichListener(bars))
+        progress.note("gradients: [taken] from the work folder")
+        with progress.phase("quantization", 14) as phase:
+            phase.advance(14, "model.layers.0")
+
+    assert "gradients: [taken] from the work folder" in shown.getvalue()
+    assert "quantization" in shown.getvalue()
+    assert "100%" in shown.getvalue()
 
 
 def test_an_output_that_exists(tiny_model: Path, tmp_path: Path) -> None:
@@ -245,7 +342,9 @@ def test_an_interrupt(
 
     result = tacq("quantize", tiny_model, "--output", tmp_path / "out")
 
-    assert_one_line(result, "interrupted; nothing was written")
+    assert_one_line(
+        result, "interrupted; the same command goes on where this one stopped"
+    )
 
 
 def test_a_model_that_is_quantized(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -106,6 +106,10 @@ class TacqQuantizer(HfQuantizer):
             if fault:
                 raise FormatError(f"{name}.{fault}")
             prepare(packed, model.dtype)
+        for parameter in model.parameters():
+            # Tensors that Transformers merges while loading keep the stored type.
+            if parameter.dtype == self.schema.torch_dtype:
+                parameter.data = parameter.data.to(model.dtype)
         return model
 
     def _dequantize(

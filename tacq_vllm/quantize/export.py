@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from tacq_vllm.quantize.workdir import staged_folder
 
 REPORT_NAME = "report.jsonl"
 TIMINGS_NAME = "timings.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
 
 WriteCard = Callable[[Path, QuantizationSchema], None]
 
@@ -90,10 +92,13 @@ def _write_unquantized(
         QuantizeError: a value does not fit the 16-bit type.
     """
     quantized = {f"{name}.weight" for name in base.linears()}
-    for name in base.published:
+    # Where the linears were published under other names, so were their neighbours.
+    is_known = all(name in base.published for name in quantized)
+    files = base.published if is_known else base.weights
+    for name in files:
         if name in quantized:
             continue
-        tensor = base.published.load(name)
+        tensor = files.load(name)
         if tensor.is_floating_point():
             stored = tensor.to(storage_dtype(dtype))
             if not bool(stored.isfinite().all()):
@@ -107,7 +112,10 @@ def _write_unquantized(
 def _write_config(folder: Path, base: BaseModel, schema: QuantizationSchema) -> None:
     """Write tokenizer, generation config and, last, config.json."""
     base.tokenizer.save_pretrained(folder)
-    if base.model.can_generate():
+    published = base.published.folder / GENERATION_CONFIG_NAME
+    if published.is_file():
+        shutil.copyfile(published, folder / GENERATION_CONFIG_NAME)
+    elif base.model.can_generate():
         base.model.generation_config.save_pretrained(folder)
     config = copy.deepcopy(base.model.config)
     config.architectures = [type(base.model).__name__]

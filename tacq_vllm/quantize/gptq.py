@@ -29,8 +29,11 @@ class Hessian:
     """The second-moment matrix of a linear's inputs, summed over tokens."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        # The upper triangle; of what lies below, the diagonal's blocks alone.
-        self.total = torch.zeros(in_features, in_features, device=device)
+        # The upper triangle; of what lies below, the diagonal's blocks alone. In
+        # float64 the order of additions, and so the number of processes, is no matter.
+        self.total = torch.zeros(
+            in_features, in_features, dtype=torch.float64, device=device
+        )
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, x: Tensor) -> None:
@@ -38,12 +41,12 @@ class Hessian:
         x = x.reshape(-1, x.shape[-1]).to(torch.float32)
         for start in range(0, x.shape[1], _HESSIAN_COLUMNS):
             stop = start + _HESSIAN_COLUMNS
-            self.total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+            self.total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
         self.tokens += x.shape[0]
 
     def mean(self) -> Tensor:
         """The sum over its number of tokens: float32 [in, in]."""
-        upper = self.total.triu() / self.tokens
+        upper = (self.total.triu() / self.tokens).to(torch.float32)
         return upper + upper.triu(1).T
 
 

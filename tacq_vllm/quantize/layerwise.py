@@ -36,6 +36,9 @@ from tacq_vllm.quantize.world import World
 _BATCH_TOKENS = 4096
 """Tokens that go through a block at once."""
 
+_MIN_BATCHES = 16
+"""Into which a short calibration text is cut, so that processes can share it."""
+
 _MEMORY_SHARE = 0.25
 """Of the free memory, for batches that wait inside a block."""
 
@@ -66,13 +69,9 @@ class QuantizedBlocks:
 
     def packed(self, linear: str) -> PackedLinear:
         """The tensors of one linear, mapped from their file."""
-        stored = self._folder.load(_block(self._base.block_of(linear)))
         prefix = f"{linear}."
-        tensors = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in stored.items()
-            if name.startswith(prefix)
-        }
+        stored = self._folder.load(_block(self._base.block_of(linear)), prefix)
+        tensors = {name.removeprefix(prefix): t for name, t in stored.items()}
         in_features = self._base.linears()[linear].in_features
         return PackedLinear.from_tensors(tensors, self._bits, in_features)
 
@@ -122,9 +121,16 @@ class GptqPass:
         self._folder = folder
         self._world = world
         self._dtype = storage_dtype(base.storage_dtype(recipe.export.dtype))
-        tokens = [sample.tokens for sample in world.share(samples)]
-        batches = enumerate(batch_windows(tokens, _BATCH_TOKENS))
-        self._batches = [(i * world.size + world.rank, batch) for i, batch in batches]
+        total = sum(sample.tokens.numel() for sample in samples)
+        # The same batches in any number of processes: so are their sums.
+        size = min(_BATCH_TOKENS, -(-total // _MIN_BATCHES))
+        batches = batch_windows([sample.tokens for sample in samples], size)
+        if len(batches) < world.size:
+            raise QuantizeError(
+                f"{world.size} processes share {len(batches)} batches of calibration "
+                "samples: start fewer, or give more text"
+            )
+        self._batches = world.share(list(enumerate(batches)))
         self._calls = BlockCalls(base)
 
     def run(self, phase: str, progress: Progress) -> QuantizedBlocks:

@@ -19,7 +19,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
 )
@@ -35,8 +34,6 @@ BLOCK_PARTS = ("self_attn", "mlp")
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Linears that choose experts: small, and never quantized."""
-
-GENERATION_CONFIG_NAME = "generation_config.json"
 
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _CONVERTED_SHARD_BYTES = 2_000_000_000
@@ -91,15 +88,14 @@ class BaseModel:
         }
 
     def unquantized_modules(self) -> dict[str, int]:
-        """Weights of the modules in the blocks' parts that are no linears: experts."""
+        """Sizes of the modules in the blocks whose matrices stay as they are."""
         quantized = self.linears()
         sizes: dict[str, int] = {}
         for index, block in enumerate(self.blocks):
             for name, parameter in block.named_parameters():
                 module = f"{self.block_name(index)}.{name.rpartition('.')[0]}"
-                is_part = name.split(".")[0] in BLOCK_PARTS and parameter.dim() > 1
                 is_router = module.rpartition(".")[2] in ROUTERS
-                if is_part and not is_router and module not in quantized:
+                if parameter.dim() > 1 and not is_router and module not in quantized:
                     sizes[module] = sizes.get(module, 0) + parameter.numel()
         return sizes
 
@@ -219,28 +215,27 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
         config = AutoConfig.from_pretrained(**source.arguments)
         if getattr(config, "quantization_config", None) is not None:
             raise QuantizeError(f"{model}: already quantized; give the 16-bit model")
+        stored_dtype = config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments)
-        if (source.folder / GENERATION_CONFIG_NAME).is_file() and not source.gguf:
-            skeleton.generation_config = GenerationConfig.from_pretrained(source.folder)
         published, weights = _open_files(source, skeleton, workdir)
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, QuantizeError):
             raise
         reason = str(error).strip().splitlines()[0]
         raise QuantizeError(f"{model}: cannot be loaded: {reason}") from error
-    for module in skeleton.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+    for name, buffer in list(skeleton.named_buffers()):
+        values = weights.load(name).to(buffer.dtype) if name in weights else buffer
+        owner, _, leaf = name.rpartition(".")
+        skeleton.get_submodule(owner)._buffers[leaf] = values.to(device)
     path = Path(model)
     name = path.absolute().name if path.is_dir() else model
     return BaseModel(
         name=path.stem if source.gguf else name,
         model=skeleton.eval().requires_grad_(False),
         tokenizer=tokenizer,
-        stored_dtype=config.dtype or torch.float32,
+        stored_dtype=stored_dtype,
         device=device,
         weights=weights,
         published=published,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tacq_vllm import __version__
 from tacq_vllm.config import Recipe
+from tacq_vllm.data.sets import NAMED_SETS
 from tacq_vllm.format.schema import check_linear_shape
 from tacq_vllm.quantize import calibration, gradients
 from tacq_vllm.quantize.errors import QuantizeError
@@ -111,7 +112,7 @@ def _calibrate(
         "tokenizer": _digest(sorted(base.tokenizer.get_vocab().items())),
         "chat_template": getattr(base.tokenizer, "chat_template", None),
         "files": [_digest([path.read_bytes()]) for path in files],
-        "data_root": str(data_root.absolute()) if data_root else None,
+        "data_root": _named_files(config.sources, data_root),
     }
     with world.leader_first():
         folder = workdir.phase(calibration.PHASE, depends)
@@ -258,9 +259,19 @@ def _check_model(base: BaseModel, recipe: Recipe, progress: Progress) -> None:
         quantized = sum(linear.weight.numel() for linear in linears.values())
         share = sum(left.values()) / (quantized + sum(left.values()))
         progress.note(
-            f"{', '.join(list(left)[:2])} and others, {len(left)} in all, are no "
-            f"linears and stay in 16 bits: {share:.1%} of the weights of the blocks"
+            f"{next(iter(left))} and {len(left) - 1} more modules are not quantized "
+            f"and stay in 16 bits: {share:.1%} of the weights of the blocks"
         )
+
+
+def _named_files(sources: Iterable[str], data_root: Path | None) -> list[list[Any]]:
+    """Names, sizes and times of the files that named sets may be read from."""
+    folders = [data_root / name for name in sources if data_root and name in NAMED_SETS]
+    return [
+        [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns]
+        for folder in folders
+        for path in sorted(folder.glob("*.*"))
+    ]
 
 
 def _digest(parts: Iterable[object]) -> str:

@@ -115,7 +115,9 @@ class SampleReader:
                 return partial(self._sample, text)
             case {"prompt": str(prompt), "completion": str(completion)}:
                 return partial(self._completion, prompt, completion, where)
-            case {"messages": list(messages)}:
+            case {"messages": list(messages)} if all(
+                isinstance(message, dict) for message in messages
+            ):
                 return partial(self._chat, messages, where)
         raise QuantizeError(
             f"{where}: none of `text`, `prompt` with `completion`, or `messages`"
@@ -130,13 +132,9 @@ class SampleReader:
         spans = []
         for index, message in enumerate(messages):
             if self._completions_only and message.get("role") == "assistant":
-                before, until = (
-                    render_chat(self._tokenizer, part, where, answer_next=answer_next)
-                    for part, answer_next in (
-                        (messages[:index], True),
-                        (messages[: index + 1], False),
-                    )
-                )
+                render = partial(render_chat, self._tokenizer, where=where)
+                before = render(messages[:index], answer_next=True) if index else ""
+                until = render(messages[: index + 1])
                 if not (text.startswith(before) and text.startswith(until)):
                     raise QuantizeError(
                         f"{where}: the chat template does not write a chat turn by "

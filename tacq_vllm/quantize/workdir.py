@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.world import World
 
 _DEPENDS_NAME = "depends.json"
@@ -52,24 +53,35 @@ class PhaseFolder:
         save_file(stored, partial, metadata=dict(notes or {}))
         os.replace(partial, path)
 
-    def load(self, name: str) -> dict[str, Tensor]:
-        """Read tensors back, mapped from their file."""
-        return load_file(self._path(name))
+    def load(self, name: str, prefix: str = "") -> dict[str, Tensor]:
+        """Read the tensors whose names begin so, mapped from their file."""
+        with self._open(name) as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in keys}
 
     def load_tensor(self, name: str, key: str) -> Tensor:
         """Read one tensor of a file."""
-        with safe_open(self._path(name), framework="pt") as file:
+        with self._open(name) as file:
             tensor: Tensor = file.get_tensor(key)
         return tensor
 
     def notes(self, name: str) -> dict[str, str]:
         """Read the text that was stored beside tensors."""
-        with safe_open(self._path(name), framework="pt") as file:
+        with self._open(name) as file:
             return dict(file.metadata() or {})
 
     def remove(self, name: str) -> None:
         """Forget a file, if it is there."""
         self._path(name).unlink(missing_ok=True)
+
+    def _open(self, name: str) -> Any:
+        try:
+            return safe_open(self._path(name), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise QuantizeError(
+                f"{self._path(name)}: {error}; delete {self.folder} to have it "
+                "computed anew"
+            ) from error
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -23,10 +23,10 @@ from tacq_vllm.config import Recipe
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.format.validation import find_faults
+from tacq_vllm.kernels import ops
 from tacq_vllm.layers import TacqLinear
-from tacq_vllm.quantize.model import load_base_model
 from tests.builders import rewrite_schema, rewrite_tensors, truncate
-from tests.conftest import VOCAB_SIZE, make_tokenizer, run_pipeline
+from tests.conftest import VOCAB_SIZE, make_tokenizer, open_model, run_pipeline
 
 LINEAR = "model.layers.1.self_attn.o_proj"
 
@@ -67,7 +67,7 @@ def biased_checkpoint(
             torch.nn.init.normal_(parameter)
     model.to(torch.bfloat16).save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
-    base = load_base_model(str(folder / "base"), torch.device("cpu"))
+    base = open_model(folder / "base", folder / "work")
     run_pipeline(base, tiny_recipe, folder / "quantized", folder / "work")
     return folder / "quantized"
 
@@ -171,8 +171,13 @@ def test_saving_gives_the_same_checkpoint(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @torch.no_grad()
 def test_converting_a_model_leaves_the_packed_tensors(
-    tiny_checkpoint: Path, dtype: torch.dtype, tokens: Tensor
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path,
+    dtype: torch.dtype,
+    tokens: Tensor,
 ) -> None:
+    # Rounded activations would make a small difference a large one.
+    monkeypatch.setattr(ops, "_cpu_module", lambda: None)
     converted = load(tiny_checkpoint, torch.bfloat16).to(dtype)
 
     assert converted.get_submodule(LINEAR).scales.dtype == torch.bfloat16

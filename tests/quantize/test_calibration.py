@@ -1,4 +1,3 @@
-import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -6,138 +5,306 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from tacq_vllm.config import CalibrationConfig
 from tacq_vllm.quantize.calibration import (
-    calibration_windows,
-    file_windows,
-    generate_windows,
+    calibration_samples,
+    cut_windows,
+    take_whole,
 )
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
-from tests.conftest import make_text, make_tokenizer
+from tacq_vllm.quantize.samples import Sample
+from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
+from tests.conftest import Recorder, make_text
 
-TEMPLATE = "{% for m in messages %}<s> {{ m.role }} {{ m.content }} </s>{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
+ROWS = torch.arange(1000).view(100, 10)
 
 
-@pytest.fixture
-def chat_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
+def make_config(*sources: Path | str, **fields: Any) -> CalibrationConfig:
+    defaults = {"num_samples": 4, "seq_len": 8, "sources": tuple(map(str, sources))}
+    return CalibrationConfig(**(defaults | fields))
 
 
-@pytest.fixture
-def chat_base(
-    tiny_base: BaseModel, chat_tokenizer: PreTrainedTokenizerFast
-) -> BaseModel:
-    return BaseModel("chat", tiny_base.model, chat_tokenizer, tiny_base.stored_dtype)
+def calibrate(
+    base: BaseModel,
+    config: CalibrationConfig,
+    folder: PhaseFolder,
+    listener: Recorder | None = None,
+    data_root: Path | None = None,
+) -> list[Sample]:
+    return calibration_samples(base, config, data_root, folder, Progress(listener))
 
 
-def make_config(**fields: Any) -> CalibrationConfig:
-    return CalibrationConfig(**({"num_samples": 4, "seq_len": 8} | fields))
+def words(base: BaseModel, tokens: Tensor) -> str:
+    return " ".join(base.tokenizer.convert_ids_to_tokens(tokens.tolist()))
 
 
-def words(tokenizer: PreTrainedTokenizerFast, window: Tensor) -> str:
-    return " ".join(tokenizer.convert_ids_to_tokens(window.tolist()))
+def count_tokens(samples: list[Sample]) -> int:
+    return sum(sample.tokens.numel() for sample in samples)
 
 
-def write_lines(path: Path, samples: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    return path
+def texts(*lengths: int) -> list[Sample]:
+    """Texts whose tokens count up, over all of them."""
+    tokens = torch.arange(sum(lengths))
+    return [Sample.of(part) for part in tokens.split(list(lengths))]
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
-def test_text_files(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, suffix: str
-) -> None:
-    path = tmp_path / f"text{suffix}"
-    content = make_text().encode()
-    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+def test_windows_are_cut_out_of_a_text() -> None:
+    chosen = cut_windows(texts(300), 8, 6, 0)
 
-    windows = file_windows(tokenizer, path, make_config(), 6)
-
-    assert len(windows) == 6
-    for window in windows:
-        assert window.dtype == torch.int64
-        assert window.shape == (8,)
-        assert words(tokenizer, window) in make_text()
-    assert len({words(tokenizer, window) for window in windows}) > 1
+    assert not chosen.ran_out
+    assert len(chosen.samples) == 6
+    starts = [int(sample.tokens[0]) for sample in chosen.samples]
+    for start, sample in zip(starts, chosen.samples, strict=True):
+        assert sample.tokens.tolist() == list(range(start, start + 8))
+        assert bool(sample.scored.all())
+    assert len(set(starts)) == 6
+    assert starts != sorted(starts)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_every_kind_of_sample(
-    chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, suffix: str
-) -> None:
-    samples = [
-        {"text": "the old river", "id": 7},
-        {"prompt": "the new city ", "completion": "sells a train"},
-        {"messages": [{"role": "loud", "content": "the song"}]},
-    ]
-    lines = "\n\n".join(json.dumps(sample) for sample in samples).encode()
-    path = tmp_path / f"samples{suffix}"
-    path.write_bytes(gzip.compress(lines) if suffix.endswith(".gz") else lines)
+def test_windows_run_over_the_ends_of_texts() -> None:
+    chosen = cut_windows(texts(*[5] * 20), 8, 4, 0)
 
-    (window,) = file_windows(chat_tokenizer, path, make_config(seq_len=14), 1)
+    for sample in chosen.samples:
+        assert torch.equal(sample.tokens.diff(), torch.ones(7, dtype=torch.int64))
 
-    assert words(chat_tokenizer, window) == (
-        "the old river the new city sells a train <s> loud the song </s>"
+
+def test_windows_are_seeded() -> None:
+    first, again, other = (
+        torch.stack(
+            [sample.tokens for sample in cut_windows(texts(300), 8, 4, s).samples]
+        )
+        for s in (1, 1, 2)
     )
+
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("{", "not JSON"),
-        ("[1, 2]", "none of `text`"),
-        ('{"text": 3}', "none of `text`"),
-        ('{"prompt": "the old river"}', "none of `text`"),
-        ('{"messages": "the old river"}', "none of `text`"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "chat template"),
-    ],
+    ("length", "sizes"), [(31, [8, 8, 8, 7]), (17, [8, 8]), (3, [3]), (1, []), (0, [])]
 )
-def test_bad_lines_are_named_by_their_number(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, line: str, reason: str
+def test_a_text_that_is_too_short_is_used_once(length: int, sizes: list[int]) -> None:
+    chosen = cut_windows(texts(length), 8, 4, 0)
+
+    assert chosen.ran_out
+    assert [sample.tokens.numel() for sample in chosen.samples] == sizes
+    tokens = [token for s in chosen.samples for token in s.tokens.tolist()]
+    assert tokens == list(range(sum(sizes)))
+
+
+def test_a_text_of_one_window_gives_it() -> None:
+    (sample,) = cut_windows(texts(8), 8, 1, 0).samples
+
+    assert sample.tokens.tolist() == list(range(8))
+
+
+def test_no_more_texts_are_read_than_windows_need() -> None:
+    remaining = iter(texts(*[10] * 1000))
+
+    cut_windows(remaining, 8, 4, 0)
+
+    assert len(list(remaining)) > 900
+
+
+def test_samples_stay_whole_up_to_the_budget() -> None:
+    samples = texts(5, 9, 2, 7)
+
+    chosen = take_whole(samples, 16, None)
+
+    assert not chosen.ran_out
+    assert chosen.too_long == 0
+    assert all(a is b for a, b in zip(chosen.samples, samples[:3], strict=True))
+
+
+@pytest.mark.parametrize(("budget", "count"), [(1, 1), (14, 2), (15, 2), (23, 4)])
+def test_one_sample_is_taken_in_any_case(budget: int, count: int) -> None:
+    assert len(take_whole(texts(5, 9, 2, 7), budget, None).samples) == count
+
+
+def test_too_few_samples_are_all_used_once() -> None:
+    chosen = take_whole(texts(5, 9), 100, None)
+
+    assert chosen.ran_out
+    assert count_tokens(chosen.samples) == 14
+
+
+def test_samples_longer_than_the_model_takes_are_left_out() -> None:
+    chosen = take_whole(texts(5, 9, 2, 8, 11), 100, 8)
+
+    assert [sample.tokens.numel() for sample in chosen.samples] == [5, 2, 8]
+    assert chosen.too_long == 2
+
+
+def test_a_sample_of_one_token_teaches_nothing() -> None:
+    assert [s.tokens.numel() for s in take_whole(texts(1, 5, 0), 9, None).samples] == [
+        5
+    ]
+
+
+def test_text_becomes_windows(
+    tiny_base: BaseModel, text_file: Path, phase_folder: PhaseFolder
 ) -> None:
-    path = tmp_path / "samples.jsonl"
-    path.write_text(f'{{"text": "{make_text(20)}"}}\n\n{line}\n')
+    recorder = Recorder()
 
-    with pytest.raises(QuantizeError, match=rf"samples\.jsonl, line 3: .*{reason}"):
-        file_windows(tokenizer, path, make_config(), 1)
+    samples = calibrate(tiny_base, make_config(text_file), phase_folder, recorder)
+
+    assert len(samples) == 4
+    for sample in samples:
+        assert sample.tokens.dtype == torch.int64
+        assert sample.tokens.shape == (8,)
+        assert words(tiny_base, sample.tokens) in make_text()
+    assert recorder.notes == []
 
 
-def test_messages_that_the_template_cannot_render(
-    chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+def test_tasks_stay_whole(
+    tiny_base: BaseModel, task_file: Path, phase_folder: PhaseFolder
 ) -> None:
-    chat_tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    path = write_lines(tmp_path / "samples.jsonl", [{"messages": [{"role": "user"}]}])
+    tasks = [json.loads(line) for line in task_file.read_text().splitlines()]
+    whole = {task["prompt"] + task["completion"] for task in tasks}
+    config = make_config(task_file, num_samples=20, seq_len=8)
 
-    with pytest.raises(QuantizeError, match=r"line 1: .*roles must alternate"):
-        file_windows(chat_tokenizer, path, make_config(), 1)
+    samples = calibrate(tiny_base, config, phase_folder)
+
+    assert {words(tiny_base, sample.tokens) for sample in samples} < whole
+    assert len({sample.tokens.numel() for sample in samples}) > 2
+    longest = max(sample.tokens.numel() for sample in samples)
+    assert 160 - longest < count_tokens(samples) <= 160
+
+
+@pytest.mark.parametrize(("loss", "share"), [("all", 1.0), ("completion", 0.4)])
+def test_the_loss_decides_what_is_scored(
+    tiny_base: BaseModel,
+    task_file: Path,
+    phase_folder: PhaseFolder,
+    loss: str,
+    share: float,
+) -> None:
+    config = make_config(task_file, num_samples=40, loss=loss)
+
+    samples = calibrate(tiny_base, config, phase_folder)
+
+    scored = torch.cat([sample.scored for sample in samples])
+    assert float(scored.float().mean()) == pytest.approx(share, abs=0.1)
+    ends = {words(tiny_base, sample.tokens[sample.scored]) for sample in samples}
+    assert all(end.startswith("the") for end in ends)
+
+
+def test_a_source_that_runs_out_is_told(
+    tiny_base: BaseModel, tmp_path: Path, phase_folder: PhaseFolder
+) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("the old river follows a garden again . the city")
+    recorder = Recorder()
+
+    samples = calibrate(tiny_base, make_config(path), phase_folder, recorder)
+
+    assert sorted(sample.tokens.numel() for sample in samples) == [2, 8]
+    (note,) = recorder.notes
+    assert note.startswith("short.txt: 10 tokens, fewer than the 32 asked for")
+
+
+def test_samples_that_are_left_out_are_told(
+    tiny_base: BaseModel, tmp_path: Path, phase_folder: PhaseFolder
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    lines = [{"prompt": "the " * n, "completion": "old"} for n in (4, 127, 128, 300)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recorder = Recorder()
+    config = make_config(path, num_samples=100)
+
+    samples = calibrate(tiny_base, config, phase_folder, recorder)
+
+    assert sorted(sample.tokens.numel() for sample in samples) == [5, 128]
+    assert any(
+        note.startswith("chat.jsonl: 2 samples left out") and "128" in note
+        for note in recorder.notes
+    )
+
+
+def test_sources_share_the_samples(
+    tiny_base: BaseModel, text_file: Path, tmp_path: Path
+) -> None:
+    zeros = tmp_path / "unknown.txt"
+    zeros.write_text("? " * 50)
+    config = make_config("self", text_file, zeros, num_samples=8, seed=5)
+
+    first, again = (
+        calibrate(tiny_base, config, WorkDir(tmp_path).phase(name, {}))
+        for name in ("first", "again")
+    )
+
+    windows = [sample.tokens for sample in first]
+    kinds = [
+        "self" if window[0] == 1 else "zeros" if not window.any() else "text"
+        for window in windows
+    ]
+    assert sorted(kinds) == ["self"] * 3 + ["text"] * 3 + ["zeros"] * 2
+    assert kinds != sorted(kinds)
+    for sample, other in zip(first, again, strict=True):
+        assert torch.equal(sample.tokens, other.tokens)
+
+
+def test_more_sources_than_samples(
+    tiny_base: BaseModel, text_file: Path, task_file: Path, phase_folder: PhaseFolder
+) -> None:
+    config = make_config(text_file, task_file, "self", num_samples=1)
+
+    (sample,) = calibrate(tiny_base, config, phase_folder)
+
+    assert words(tiny_base, sample.tokens) in make_text()
+
+
+def test_a_named_set(
+    tiny_base: BaseModel, data_root: Path, phase_folder: PhaseFolder
+) -> None:
+    config = make_config("gsm8k", num_samples=100, loss="completion")
+    recorder = Recorder()
+
+    samples = calibrate(tiny_base, config, phase_folder, recorder, data_root)
+
+    answers = {words(tiny_base, sample.tokens[sample.scored]) for sample in samples}
+    assert answers == {f"a {x} again" for x in ("river", "city", "garden", "song")}
+    (note,) = recorder.notes
+    assert note.startswith(f"gsm8k: {count_tokens(samples)} tokens, fewer than the 800")
+
+
+def test_samples_are_kept_for_the_next_run(
+    tiny_base: BaseModel, task_file: Path, tmp_path: Path, phase_folder: PhaseFolder
+) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_bytes(task_file.read_bytes())
+    config = make_config(path, loss="completion", num_samples=20)
+    first = calibrate(tiny_base, config, phase_folder)
+    path.unlink()
+    recorder = Recorder()
+
+    again = calibrate(tiny_base, config, phase_folder, recorder)
+
+    assert recorder.notes == ["calibration: taken from the work folder"]
+    for sample, other in zip(first, again, strict=True):
+        assert torch.equal(sample.tokens, other.tokens)
+        assert torch.equal(sample.scored, other.scored)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
         ("missing.txt", None, "no such file"),
-        ("table.csv", b"a,b", r"a \.txt or \.jsonl file"),
-        ("short.txt", b"the old river", "3 tokens, fewer than one window of 8"),
-        ("empty.jsonl", b"", "0 tokens, fewer than one window of 8"),
+        ("empty.txt", b"", "no text to use"),
+        ("word.txt", b"river", "no text to use"),
+        ("empty.jsonl", b"", "no text to use"),
         ("latin.txt", b"\xe9t\xe9", "cannot be read"),
         ("plain.txt.gz", b"the old river", "cannot be read"),
-        ("cut.txt.gz", gzip.compress(b"the old river" * 99)[:-20], "cannot be read"),
+        ("bad.jsonl", b"{", "line 1: not JSON"),
     ],
 )
 def test_unusable_files_are_refused(
-    tokenizer: PreTrainedTokenizerFast,
+    tiny_base: BaseModel,
     tmp_path: Path,
+    phase_folder: PhaseFolder,
     name: str,
     content: bytes | None,
     reason: str,
@@ -147,112 +314,12 @@ def test_unusable_files_are_refused(
         path.write_bytes(content)
 
     with pytest.raises(QuantizeError, match=rf"{name}.*{reason}"):
-        file_windows(tokenizer, path, make_config(), 1)
+        calibrate(tiny_base, make_config(path), phase_folder)
+    assert phase_folder.is_empty
 
 
-def test_a_file_of_one_window_gives_it(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+def test_unusable_named_sets_are_refused(
+    tiny_base: BaseModel, tmp_path: Path, phase_folder: PhaseFolder
 ) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text("the old river follows a garden again .")
-
-    windows = file_windows(tokenizer, path, make_config(), 3)
-
-    assert {words(tokenizer, window) for window in windows} == {path.read_text()}
-
-
-def test_files_are_sampled_by_seed(
-    tokenizer: PreTrainedTokenizerFast, text_file: Path
-) -> None:
-    first, again, other = (
-        torch.stack(file_windows(tokenizer, text_file, make_config(seed=seed), 4))
-        for seed in (1, 1, 2)
-    )
-
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_the_model_writes_windows_itself(tiny_base: BaseModel) -> None:
-    # More than one batch of generation.
-    windows = generate_windows(tiny_base, make_config(), 37, Progress())
-
-    assert len(windows) == 37
-    for window in windows:
-        assert window.shape == (8,)
-        assert window[0] == tiny_base.tokenizer.bos_token_id
-    assert len({tuple(window.tolist()) for window in windows}) == 37
-
-
-def test_the_end_of_a_turn_does_not_end_a_window(tiny_base: BaseModel) -> None:
-    windows = torch.stack(generate_windows(tiny_base, make_config(), 96, Progress()))
-
-    ends = (windows[:, :-1] == tiny_base.tokenizer.eos_token_id).nonzero()
-    assert len(ends) > 0
-    # Padding would be zeros.
-    assert any(int(windows[row, column + 1]) for row, column in ends.tolist())
-
-
-def test_self_windows_are_seeded(tiny_base: BaseModel) -> None:
-    torch.manual_seed(3)
-    state = torch.random.get_rng_state()
-    first, again, other = (
-        torch.stack(generate_windows(tiny_base, make_config(seed=s), 3, Progress()))
-        for s in (1, 1, 2)
-    )
-
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_temperature_flattens_what_is_written(tiny_base: BaseModel) -> None:
-    def variety(temperature: float) -> int:
-        config = make_config(temperature=temperature, seq_len=2)
-        windows = generate_windows(tiny_base, config, 64, Progress())
-        return len({int(window[1]) for window in windows})
-
-    assert variety(0.01) == 1
-    assert variety(5.0) > 20
-
-
-def test_a_chat_model_opens_with_the_turn_of_a_user(chat_base: BaseModel) -> None:
-    windows = generate_windows(chat_base, make_config(), 2, Progress())
-
-    opening = chat_base.tokenizer("<s> user").input_ids
-    assert all(window[: len(opening)].tolist() == opening for window in windows)
-    assert all(window.shape == (8,) for window in windows)
-
-
-def test_a_window_must_hold_more_than_the_opening(chat_base: BaseModel) -> None:
-    with pytest.raises(QuantizeError, match="seq_len 2 leaves no room"):
-        generate_windows(chat_base, make_config(seq_len=2), 1, Progress())
-
-
-def test_sources_share_the_samples(
-    tiny_base: BaseModel, text_file: Path, tmp_path: Path
-) -> None:
-    zeros = tmp_path / "unknown.txt"
-    zeros.write_text("? " * 50)
-    config = make_config(
-        num_samples=8, sources=("self", str(text_file), str(zeros)), seed=5
-    )
-
-    windows = calibration_windows(tiny_base, config, Progress())
-
-    kinds = [
-        "self" if window[0] == 1 else "zeros" if not window.any() else "text"
-        for window in windows
-    ]
-    assert sorted(kinds) == ["self"] * 3 + ["text"] * 3 + ["zeros"] * 2
-    assert kinds != sorted(kinds)
-    again = calibration_windows(tiny_base, config, Progress())
-    assert torch.equal(torch.stack(windows), torch.stack(again))
-
-
-def test_more_sources_than_samples(tiny_base: BaseModel, text_file: Path) -> None:
-    config = make_config(num_samples=1, sources=(str(text_file), "self"))
-
-    (window,) = calibration_windows(tiny_base, config, Progress())
-
-    assert words(tiny_base.tokenizer, window) in make_text()
+    with pytest.raises(QuantizeError, match=r"gsm8k/train\.jsonl: no such file"):
+        calibrate(tiny_base, make_config("gsm8k"), phase_folder, data_root=tmp_path)

@@ -115,7 +115,7 @@ def test_gptq_beats_round_to_nearest(
 def test_without_correlation_gptq_is_round_to_nearest() -> None:
     W = random_weight(20, 64)
 
-    result = quantize(W, torch.eye(64))
+    result = quantize(W, torch.eye(64), refit_scales=False)
 
     assert torch.equal(result.weight, round_to_nearest(W, 3, 32))
 
@@ -136,6 +136,7 @@ def test_relative_error() -> None:
     density=st.sampled_from([0.0, 0.05, 0.5]),
     keep_original=st.booleans(),
     activation_order=st.booleans(),
+    refit_scales=st.booleans(),
 )
 def test_the_packed_linear_is_the_weight_of_the_result(
     bits: int,
@@ -144,6 +145,7 @@ def test_the_packed_linear_is_the_weight_of_the_result(
     density: float,
     keep_original: bool,
     activation_order: bool,
+    refit_scales: bool,
 ) -> None:
     W, H = random_weight(10, 96), correlated_hessian(96)
     kept = random_mask(10, 96, density)
@@ -157,6 +159,7 @@ def test_the_packed_linear_is_the_weight_of_the_result(
         block_size=block_size,
         keep_original=keep_original,
         activation_order=activation_order,
+        refit_scales=refit_scales,
         grid_steps=3,
     )
 
@@ -219,6 +222,41 @@ def test_stacked_rows_do_not_see_each_other() -> None:
     assert torch.equal(together.scales, torch.cat([part.scales for part in alone]))
 
 
+def test_rows_of_a_result() -> None:
+    W, H = random_weight(30, 64), correlated_hessian(64)
+    kept = random_mask(30, 64)
+    result = quantize(W, H, kept)
+
+    part = result.rows(slice(7, 30))
+
+    packed = part.pack(kept[7:], 3)
+    assert torch.equal(dequantize(packed), result.weight[7:])
+    assert part.damp_percent == result.damp_percent
+
+
+@pytest.mark.parametrize("keep_original", [False, True])
+def test_scales_are_fitted_to_the_codes_that_are_there(keep_original: bool) -> None:
+    W, H = random_weight(40, 96), correlated_hessian(96)
+    kept = random_mask(40, 96)
+
+    refitted, plain = (
+        quantize(W, H, kept, keep_original=keep_original, refit_scales=refit)
+        for refit in (True, False)
+    )
+
+    assert torch.equal(refitted.codes, plain.codes)
+    assert torch.equal(refitted.zeros, plain.zeros)
+    assert torch.equal(refitted.weight[kept], plain.weight[kept])
+    assert not torch.equal(refitted.scales, plain.scales)
+    pairs = zip(W, refitted.weight, plain.weight, strict=True)
+    errors = [
+        (relative_error(w[None], new[None], H), relative_error(w[None], old[None], H))
+        for w, new, old in pairs
+    ]
+    assert all(new <= old * (1 + 1e-4) for new, old in errors)
+    assert sum(new < 0.99 * old for new, old in errors) > 20
+
+
 @pytest.mark.parametrize("group_size", [-1, 16, 32, 48, 96])
 @pytest.mark.parametrize("block_size", [1, 7, 32, 50, 64, 80])
 @pytest.mark.parametrize("activation_order", [False, True])
@@ -254,7 +292,7 @@ def test_the_strongest_inputs_are_rounded_first() -> None:
     H[:, 20] *= 10.0
 
     for activation_order, first, later in ((True, 20, 0), (False, 0, 20)):
-        result = quantize(W, H, activation_order=activation_order)
+        result = quantize(W, H, activation_order=activation_order, refit_scales=False)
         assert torch.equal(result.codes[:, first], nearest_codes(result, W, first))
         assert not torch.equal(result.codes[:, later], nearest_codes(result, W, later))
 

@@ -1,15 +1,25 @@
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from tacq_vllm.format.checkpoint import WEIGHTS_NAME
 from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.model import BaseModel, load_base_model
-from tests.builders import truncate
-from tests.conftest import TinyLlama
-
-CPU = torch.device("cpu")
+from tacq_vllm.quantize.model import BaseModel
+from tests.builders import rewrite_tensors, truncate
+from tests.conftest import (
+    VOCAB_SIZE,
+    TinyLlama,
+    assert_released,
+    is_equal,
+    make_tokenizer,
+    open_model,
+)
 
 
 @pytest.fixture
@@ -17,11 +27,21 @@ def model_copy(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "tiny-1.7B"))
 
 
-def test_loads_in_float32_and_knows_the_stored_type(tiny_base: BaseModel) -> None:
-    assert tiny_base.model.dtype == torch.float32
-    assert tiny_base.stored_dtype == torch.bfloat16
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    return tmp_path / "work"
+
+
+def in_memory(base: BaseModel) -> set[str]:
+    """The parameters that have values."""
+    parameters = base.model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in parameters if not parameter.is_meta}
+
+
+def test_opening_reads_no_weights(tiny_base: BaseModel) -> None:
+    assert_released(tiny_base)
     assert not tiny_base.model.training
-    assert not any(p.requires_grad for p in tiny_base.model.parameters())
+    assert tiny_base.published is tiny_base.weights
 
 
 def test_linears_are_those_of_attention_and_mlp(tiny_base: BaseModel) -> None:
@@ -35,6 +55,89 @@ def test_linears_are_those_of_attention_and_mlp(tiny_base: BaseModel) -> None:
     assert "lm_head" not in linears
     for name, linear in linears.items():
         assert tiny_base.model.get_submodule(name) is linear
+        assert tiny_base.block_of(name) == int(name.split(".")[2])
+    assert list(tiny_base.block_linears(1)) == list(linears)[7:]
+    assert tiny_base.unquantized_modules() == {}
+
+
+def test_the_whole_model_has_the_weights_of_its_files(
+    tiny_base: BaseModel, plain_model: LlamaForCausalLM
+) -> None:
+    with tiny_base.resident() as model:
+        assert model is tiny_base.model
+        assert is_equal(model.state_dict(), plain_model.state_dict())
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert not any(p.requires_grad for p in model.parameters())
+
+    assert_released(tiny_base)
+
+
+def test_a_block_is_in_memory_alone(
+    tiny_base: BaseModel, plain_model: LlamaForCausalLM
+) -> None:
+    with tiny_base.resident_block(1) as block:
+        assert block is tiny_base.blocks[1]
+        expected = plain_model.model.layers[1].state_dict()
+        assert is_equal(block.state_dict(), expected)
+        prefix = tiny_base.block_name(1)
+        assert in_memory(tiny_base) == {f"{prefix}.{name}" for name in expected}
+
+    assert_released(tiny_base)
+
+
+def test_all_but_the_blocks(
+    tiny_base: BaseModel, plain_model: LlamaForCausalLM
+) -> None:
+    with tiny_base.resident_outside():
+        names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+        assert in_memory(tiny_base) == names
+        for name in names:
+            parameter = tiny_base.model.get_parameter(name)
+            assert torch.equal(parameter, plain_model.get_parameter(name))
+
+    assert_released(tiny_base)
+
+
+def test_a_failure_releases_the_weights(tiny_base: BaseModel) -> None:
+    def fail() -> None:
+        with tiny_base.resident_block(0):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+
+    assert_released(tiny_base)
+
+
+def test_changed_weights_are_forgotten(tiny_base: BaseModel) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    before = tiny_base.weight(name)
+
+    with tiny_base.resident_block(0):
+        tiny_base.linears()[name].weight.data.zero_()
+
+    assert bool(before.any())
+    assert torch.equal(tiny_base.weight(name), before)
+
+
+def test_tied_embeddings_are_one_parameter(tiny_llama: TinyLlama, work: Path) -> None:
+    base = open_model(tiny_llama(tie_word_embeddings=True), work)
+
+    assert "lm_head.weight" not in base.weights
+    with base.resident_outside():
+        assert base.model.lm_head.weight is base.model.model.embed_tokens.weight
+        assert not base.model.lm_head.weight.is_meta
+
+    assert_released(base)
+
+
+def test_parameters_stay_apart_where_they_are_not_tied(tiny_base: BaseModel) -> None:
+    with tiny_base.resident_outside():
+        head, embedding = (
+            tiny_base.model.get_parameter(name)
+            for name in ("lm_head.weight", "model.embed_tokens.weight")
+        )
+        assert not torch.equal(head, embedding)
 
 
 @pytest.mark.parametrize(
@@ -50,59 +153,158 @@ def test_linears_are_those_of_attention_and_mlp(tiny_base: BaseModel) -> None:
 def test_storage_dtype(
     tiny_base: BaseModel, stored: torch.dtype, wanted: str, storage: str
 ) -> None:
-    base = BaseModel("x", tiny_base.model, tiny_base.tokenizer, stored)
+    base = dataclasses.replace(tiny_base, stored_dtype=stored)
 
     assert base.storage_dtype(wanted) == storage
 
 
-def test_float16_models_are_told_apart(tiny_llama: TinyLlama) -> None:
-    base = load_base_model(str(tiny_llama(torch.float16)), CPU)
-
-    assert base.stored_dtype == torch.float16
+def test_the_name_is_the_whole_name_of_the_folder(model_copy: Path, work: Path) -> None:
+    assert open_model(model_copy, work).name == "tiny-1.7B"
 
 
-def test_the_name_is_the_whole_name_of_the_folder(model_copy: Path) -> None:
-    assert load_base_model(str(model_copy), CPU).name == "tiny-1.7B"
+def test_the_fingerprint_is_that_of_the_model(model_copy: Path, work: Path) -> None:
+    before = open_model(model_copy, work).fingerprint()
+
+    assert open_model(model_copy, work).fingerprint() == before
+    path = model_copy / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    other_config = open_model(model_copy, work).fingerprint()
+    path.write_text(json.dumps(config))
+    rewrite_tensors(model_copy, lambda tensors: None)
+    other_weights = open_model(model_copy, work).fingerprint()
+    assert len({before, other_config, other_weights}) == 3
 
 
-def test_missing_gguf(tmp_path: Path) -> None:
+@pytest.fixture
+def mixtral(tmp_path: Path) -> Path:
+    """A model that Transformers stores expert by expert, and holds in one tensor."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    model = MixtralForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "mixtral")
+    make_tokenizer().save_pretrained(tmp_path / "mixtral")
+    return tmp_path / "mixtral"
+
+
+def test_a_model_that_is_stored_by_other_names(mixtral: Path, work: Path) -> None:
+    base = open_model(mixtral, work)
+
+    experts = "model.layers.0.mlp.experts"
+    assert f"{experts}.gate_up_proj" in base.weights
+    assert f"{experts}.gate_up_proj" not in base.published
+    assert base.unquantized_modules() == {experts: 3 * 2 * 32 * 32}
+    whole = MixtralForCausalLM.from_pretrained(mixtral, dtype=torch.float32)
+    with base.resident() as model:
+        assert is_equal(model.state_dict(), whole.state_dict())
+    assert_released(base)
+
+
+def test_other_names_are_stored_once(mixtral: Path, work: Path) -> None:
+    base = open_model(mixtral, work)
+    (converted,) = work.iterdir()
+    times = {path: path.stat().st_mtime_ns for path in converted.iterdir()}
+
+    again = open_model(mixtral, work)
+
+    assert list(work.iterdir()) == [converted]
+    assert {path: path.stat().st_mtime_ns for path in converted.iterdir()} == times
+    assert again.fingerprint() == base.fingerprint()
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+    """Save a Llama as llama.cpp does: each head's queries and keys interleaved."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
+    tokens += [f"t{number}" for number in range(len(tokens), config.vocab_size)]
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers
+    ).mapping
+    for name, tensor in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads}.get(name.split(".")[-2])
+        heads = config.num_key_value_heads if "k_proj" in name else heads
+        if heads:
+            halves = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2)
+            tensor = halves.reshape(tensor.shape)
+        _, stored = names[name.removesuffix(".weight")]
+        writer.add_tensor(f"{stored}.weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file(plain_model: LlamaForCausalLM, work: Path, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", plain_model)
+
+    base = open_model(tmp_path / "tiny.gguf", work)
+
+    assert base.name == "tiny"
+    assert base.published is base.weights
+    with base.resident() as model:
+        assert is_equal(model.state_dict(), plain_model.state_dict())
+
+
+def test_missing_gguf(tmp_path: Path, work: Path) -> None:
     with pytest.raises(QuantizeError, match=r"model\.gguf: no such file"):
-        load_base_model(str(tmp_path / "model.gguf"), CPU)
+        open_model(tmp_path / "model.gguf", work)
 
 
-def test_file_that_is_not_gguf(tmp_path: Path) -> None:
+def test_file_that_is_not_gguf(tmp_path: Path, work: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"no")
 
     with pytest.raises(QuantizeError, match=r"model\.gguf: cannot be loaded"):
-        load_base_model(str(tmp_path / "model.gguf"), CPU)
+        open_model(tmp_path / "model.gguf", work)
 
 
-def test_folder_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(QuantizeError, match="nowhere: cannot be loaded"):
-        load_base_model(str(tmp_path / "nowhere"), CPU)
-
-
-def test_folder_without_a_model(tmp_path: Path) -> None:
+def test_folder_without_a_model(tmp_path: Path, work: Path) -> None:
     with pytest.raises(QuantizeError, match=r"the folder has no config\.json"):
-        load_base_model(str(tmp_path), CPU)
+        open_model(tmp_path, work)
 
 
-def test_truncated_model(model_copy: Path) -> None:
-    truncate(model_copy / "model.safetensors")
+def test_truncated_model(model_copy: Path, work: Path) -> None:
+    truncate(model_copy / WEIGHTS_NAME)
 
     with pytest.raises(QuantizeError, match="cannot be loaded") as caught:
-        load_base_model(str(model_copy), CPU)
+        open_model(model_copy, work)
     assert "\n" not in str(caught.value)
 
 
-def test_model_without_a_tokenizer(model_copy: Path) -> None:
+def test_model_without_a_tensor(model_copy: Path, work: Path) -> None:
+    rewrite_tensors(model_copy, lambda tensors: tensors.pop("lm_head.weight"))
+
+    with pytest.raises(QuantizeError, match=r"lm_head\.weight .*missing"):
+        open_model(model_copy, work)
+
+
+def test_model_without_a_tokenizer(model_copy: Path, work: Path) -> None:
     for path in model_copy.glob("tokenizer*"):
         path.unlink()
 
     with pytest.raises(QuantizeError, match="cannot be loaded"):
-        load_base_model(str(model_copy), CPU)
+        open_model(model_copy, work)
 
 
-def test_quantized_model(tiny_checkpoint: Path) -> None:
+def test_quantized_model(tiny_checkpoint: Path, work: Path) -> None:
     with pytest.raises(QuantizeError, match="already quantized"):
-        load_base_model(str(tiny_checkpoint), CPU)
+        open_model(tiny_checkpoint, work)

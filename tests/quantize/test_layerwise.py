@@ -1,0 +1,292 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tacq_vllm.config import Recipe
+from tacq_vllm.format.linear import unpack_outliers
+from tacq_vllm.quantize.blocks import group_linears
+from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.gptq import Hessian, quantize_matrix, relative_error
+from tacq_vllm.quantize.layerwise import GptqPass, Masks, QuantizedBlocks
+from tacq_vllm.quantize.model import BaseModel
+from tacq_vllm.quantize.progress import Progress
+from tacq_vllm.quantize.samples import Sample
+from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
+from tacq_vllm.quantize.world import World
+from tests.builders import rewrite_tensors
+from tests.conftest import (
+    Recorder,
+    assert_released,
+    interrupted_at_file,
+    is_equal,
+    open_model,
+    quick,
+    random_samples,
+)
+
+LENGTHS = (30, 30, 12, 30, 5, 5)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> WorkDir:
+    return WorkDir(tmp_path / "work")
+
+
+def keep_none(name: str) -> None:
+    return None
+
+
+def keep_some(name: str) -> Tensor:
+    """Random weights of a linear of the tiny model, no two linears the same."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    out_features = {"k_proj": 32, "v_proj": 32, "gate_proj": 128, "up_proj": 128}
+    shape = (
+        out_features.get(name.split(".")[-1], 64),
+        128 if name.endswith("down_proj") else 64,
+    )
+    return torch.rand(shape, generator=generator) < 0.02
+
+
+def quantize(
+    base: BaseModel,
+    recipe: Recipe,
+    folder: PhaseFolder,
+    *,
+    samples: list[Sample] | None = None,
+    masks: Masks = keep_none,
+    listener: Recorder | None = None,
+) -> QuantizedBlocks:
+    samples = samples or random_samples(*LENGTHS)
+    gptq = GptqPass(base, recipe, samples, masks, folder, World())
+    return gptq.run("gptq", Progress(listener))
+
+
+@torch.no_grad()
+def observe(model: PreTrainedModel, linear: str, samples: list[Sample]) -> Hessian:
+    """The Hessian of a linear's inputs, by running the whole model on each sample."""
+    module = model.get_submodule(linear)
+    hessian = Hessian(module.in_features, torch.device("cpu"))
+    hook = module.register_forward_pre_hook(lambda module, args: hessian.add(args[0]))
+    for sample in samples:
+        model(sample.tokens[None])
+    hook.remove()
+    return hessian
+
+
+def naively_quantize(
+    model: PreTrainedModel, groups: list[list[str]], recipe: Recipe, masks: Masks
+) -> dict[str, tuple[Tensor, float]]:
+    """One linear after another in the whole model: its weight and its error."""
+    results: dict[str, tuple[Tensor, float]] = {}
+    for group in groups:
+        H = observe(model, group[0], random_samples(*LENGTHS)).mean()
+        for name in group:
+            W = model.get_submodule(name).weight.data
+            result = quantize_matrix(
+                W,
+                H,
+                masks(name),
+                bits=recipe.bits,
+                group_size=recipe.group_size,
+                dtype=torch.bfloat16,
+                keep_original=recipe.outliers.kept_value == "original",
+                config=recipe.gptq,
+            )
+            results[name] = result.weight, relative_error(W, result.weight, H)
+        for name in group:
+            model.get_submodule(name).weight.data = results[name][0]
+    return results
+
+
+def assert_same(blocks: QuantizedBlocks, others: QuantizedBlocks) -> None:
+    reports = list(blocks.reports())
+    assert reports == list(others.reports())
+    for report in reports:
+        tensors = blocks.packed(report.name).tensors()
+        assert is_equal(tensors, others.packed(report.name).tensors())
+
+
+def names(folder: PhaseFolder) -> set[str]:
+    return {path.stem for path in folder.folder.glob("*.safetensors")}
+
+
+def groups_of(base: BaseModel) -> list[list[str]]:
+    blocks = (base.block_linears(index) for index in range(len(base.blocks)))
+    return [list(group) for linears in blocks for group in group_linears(linears)]
+
+
+@pytest.mark.parametrize(
+    ("masks", "kept_value"),
+    [(keep_none, "original"), (keep_some, "original"), (keep_some, "compensated")],
+)
+def test_it_is_what_is_done_with_the_whole_model(
+    tiny_base: BaseModel,
+    plain_model: PreTrainedModel,
+    tiny_recipe: Recipe,
+    phase_folder: PhaseFolder,
+    masks: Masks,
+    kept_value: str,
+) -> None:
+    recipe = quick(tiny_recipe, **{"outliers.kept_value": kept_value})
+
+    blocks = quantize(tiny_base, recipe, phase_folder, masks=masks)
+
+    expected = naively_quantize(plain_model, groups_of(tiny_base), recipe, masks)
+    reports = {report.name: report for report in blocks.reports()}
+    assert list(reports) == list(expected) == list(tiny_base.linears())
+    for name, (weight, error) in expected.items():
+        # A sum in another order may move a value across the middle of two codes.
+        same = (blocks.weight(name) == weight).float().mean()
+        assert float(same) > 0.998, name
+        assert reports[name].error == pytest.approx(error, rel=1e-3)
+    assert_released(tiny_base)
+
+
+def test_later_linears_are_quantized_on_what_earlier_ones_produce(
+    tiny_base: BaseModel, tiny_recipe: Recipe, work: WorkDir
+) -> None:
+    changed = "model.layers.0.self_attn.v_proj"
+
+    def keep_in_one(name: str) -> Tensor:
+        mask = keep_some(name)
+        return mask if name == changed else torch.zeros_like(mask)
+
+    plain, other = (
+        quantize(tiny_base, quick(tiny_recipe), work.phase(name, {}), masks=masks)
+        for name, masks in (("plain", keep_none), ("other", keep_in_one))
+    )
+
+    linears = list(tiny_base.linears())
+    same = [torch.equal(plain.weight(name), other.weight(name)) for name in linears]
+    assert same == [name in linears[:2] for name in linears]
+
+
+def test_masks_say_which_weights_are_kept(
+    tiny_base: BaseModel, tiny_recipe: Recipe, phase_folder: PhaseFolder
+) -> None:
+    blocks = quantize(tiny_base, quick(tiny_recipe), phase_folder, masks=keep_some)
+
+    for report in blocks.reports():
+        kept = keep_some(report.name)
+        W = tiny_base.weight(report.name)
+        assert report.outliers == int(kept.sum()) > 0
+        assert torch.equal(blocks.weight(report.name)[kept], W[kept])
+        outliers = unpack_outliers(blocks.packed(report.name))
+        assert outliers.rows.tolist() == kept.nonzero()[:, 0].tolist()
+        assert outliers.columns.tolist() == kept.nonzero()[:, 1].tolist()
+
+
+def test_reports(
+    tiny_base: BaseModel, tiny_recipe: Recipe, phase_folder: PhaseFolder
+) -> None:
+    recorder = Recorder()
+
+    blocks = quantize(tiny_base, tiny_recipe, phase_folder, listener=recorder)
+
+    assert recorder.phases == {"gptq": 14}
+    assert recorder.notes == []
+    for report in blocks.reports():
+        assert (report.bits, report.group_size, report.outliers) == (3, 32, 0)
+        assert report.damp_percent == 0.01
+        W = tiny_base.weight(report.name)
+        assert 0 < report.error < 0.1
+        # Three bits of a normal distribution.
+        assert (blocks.weight(report.name) - W).norm() < 0.35 * W.norm()
+    assert len(blocks.seconds()) == 2
+    assert all(0 < seconds < 60 for seconds in blocks.seconds())
+
+
+def test_the_error_is_that_of_the_outputs(
+    tiny_base: BaseModel,
+    plain_model: PreTrainedModel,
+    tiny_recipe: Recipe,
+    phase_folder: PhaseFolder,
+) -> None:
+    """Of the first linear, whose inputs are those of the base model."""
+    samples = random_samples(*LENGTHS)
+
+    blocks = quantize(tiny_base, quick(tiny_recipe), phase_folder, samples=samples)
+
+    name = "model.layers.0.self_attn.q_proj"
+    H = observe(plain_model, name, samples).mean().double()
+    W = tiny_base.weight(name).double()
+    D = W - blocks.weight(name)
+    error = torch.trace(D @ H @ D.T) / torch.trace(W @ H @ W.T)
+    assert next(blocks.reports()).error == pytest.approx(float(error), rel=1e-3)
+
+
+def test_only_the_blocks_stay_on_disk(
+    tiny_base: BaseModel, tiny_recipe: Recipe, phase_folder: PhaseFolder
+) -> None:
+    quantize(tiny_base, quick(tiny_recipe), phase_folder)
+
+    assert names(phase_folder) == {"block-0000", "block-0001"}
+
+
+@pytest.mark.parametrize(("step", "done"), [(1, 0), (7, 0), (8, 1), (14, 1)])
+def test_an_interrupted_pass_goes_on(
+    tiny_base: BaseModel, tiny_recipe: Recipe, work: WorkDir, step: int, done: int
+) -> None:
+    recipe, folder = quick(tiny_recipe), work.phase("interrupted", {})
+    stop, recorder = Recorder("gptq", step), Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_base, recipe, folder, listener=stop)
+    assert_released(tiny_base)
+
+    resumed = quantize(tiny_base, recipe, folder, listener=recorder)
+
+    note = f"gptq: {done} of 2 blocks taken from the work folder"
+    assert recorder.notes == [note] * (done > 0)
+    assert recorder.phases == {"gptq": 14 - 7 * done}
+    assert_same(resumed, quantize(tiny_base, recipe, work.phase("whole", {})))
+    assert names(folder) == {"block-0000", "block-0001"}
+
+
+@pytest.mark.parametrize("count", range(1, 15))
+def test_a_pass_goes_on_after_any_file(
+    tiny_base: BaseModel, tiny_recipe: Recipe, work: WorkDir, count: int
+) -> None:
+    recipe, folder = quick(tiny_recipe), work.phase("interrupted", {})
+    with interrupted_at_file(count):
+        quantize(tiny_base, recipe, folder)
+
+    resumed = quantize(tiny_base, recipe, folder)
+
+    assert_same(resumed, quantize(tiny_base, recipe, work.phase("whole", {})))
+
+
+def test_what_is_stored_is_not_computed_again(
+    tiny_base: BaseModel, tiny_recipe: Recipe, phase_folder: PhaseFolder
+) -> None:
+    quantize(tiny_base, quick(tiny_recipe), phase_folder)
+    recorder = Recorder()
+
+    quantize(tiny_base, quick(tiny_recipe), phase_folder, listener=recorder)
+
+    assert recorder.phases == {}
+    assert recorder.notes == ["gptq: 2 of 2 blocks taken from the work folder"]
+
+
+@pytest.mark.parametrize(
+    ("module", "linears"),
+    [
+        ("0.input_layernorm", r"0\.self_attn\.q_proj, \S+k_proj, \S+v_proj"),
+        ("1.post_attention_layernorm", r"1\.mlp\.gate_proj, \S+up_proj"),
+    ],
+)
+def test_linears_that_cannot_be_quantized_are_named(
+    tiny_model: Path, tmp_path: Path, tiny_recipe: Recipe, module: str, linears: str
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weight = f"model.layers.{module}.weight"
+    rewrite_tensors(model, lambda tensors: tensors[weight].fill_(float("inf")))
+    base = open_model(model, tmp_path / "work")
+    folder = WorkDir(tmp_path / "work").phase("gptq", {})
+
+    with pytest.raises(QuantizeError, match=rf"{linears}: the Hessian is not finite"):
+        quantize(base, quick(tiny_recipe), folder)
+    assert_released(base)

@@ -1,0 +1,225 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from tacq_vllm.quantize import workdir
+from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.workdir import (
+    PhaseFolder,
+    WorkDir,
+    fingerprint,
+    open_workdir,
+    staged_folder,
+)
+from tacq_vllm.quantize.world import World
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> WorkDir:
+    return WorkDir(tmp_path / "deep" / "work")
+
+
+def test_what_was_saved_is_read_back(phase_folder: PhaseFolder) -> None:
+    tensors = {"a": torch.arange(6).view(2, 3).T, "b": torch.ones(3)}
+
+    phase_folder.save("sums", tensors, {"seconds": "1.5"})
+
+    assert "sums" in phase_folder
+    loaded = phase_folder.load("sums")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+    assert torch.equal(phase_folder.load_tensor("sums", "b"), torch.ones(3))
+    assert phase_folder.notes("sums") == {"seconds": "1.5"}
+
+
+def test_a_file_without_tensors_is_a_mark(phase_folder: PhaseFolder) -> None:
+    phase_folder.save("passed", {})
+
+    assert "passed" in phase_folder
+    assert not phase_folder.is_empty
+
+
+def test_what_is_removed_is_gone(phase_folder: PhaseFolder) -> None:
+    phase_folder.save("sums", {"a": torch.ones(1)})
+
+    phase_folder.remove("sums")
+    phase_folder.remove("sums")
+
+    assert "sums" not in phase_folder
+    assert phase_folder.is_empty
+
+
+def test_a_file_counts_only_when_it_is_whole(
+    phase_folder: PhaseFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir.os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            phase_folder.save("sums", {"a": torch.ones(1)})
+
+    assert any(phase_folder.folder.glob("sums*"))
+    assert "sums" not in phase_folder
+    assert phase_folder.is_empty
+    with pytest.raises(QuantizeError, match=r"sums\.safetensors"):
+        phase_folder.load_tensor("sums", "a")
+    phase_folder.save("sums", {"a": torch.zeros(1)})
+    assert torch.equal(phase_folder.load("sums")["a"], torch.zeros(1))
+
+
+def test_a_failed_save_leaves_what_was_there(phase_folder: PhaseFolder) -> None:
+    phase_folder.save("sums", {"a": torch.ones(1)})
+
+    with pytest.raises((TypeError, SafetensorError)):
+        phase_folder.save("sums", {"a": torch.zeros(1)}, {"seconds": 3})
+
+    assert torch.equal(phase_folder.load("sums")["a"], torch.ones(1))
+
+
+def test_a_phase_is_found_by_what_it_depends_on(work: WorkDir) -> None:
+    depends = {"bits": 3, "gptq": {"steps": 2, "order": True}}
+    reordered = {"gptq": {"order": True, "steps": 2}, "bits": 3}
+    work.phase("gptq", depends).save("block", {"a": torch.ones(1)})
+
+    assert "block" in work.phase("gptq", reordered)
+    assert work.phase("gptq", depends | {"bits": 2}).is_empty
+    assert work.phase("gradients", depends).is_empty
+    assert WorkDir(work.folder).phase("gptq", depends).is_empty is False
+
+
+def test_fingerprints_do_not_depend_on_the_order_of_keys() -> None:
+    first = fingerprint({"a": 1, "b": {"c": [1, 2], "d": None}})
+
+    assert first == fingerprint({"b": {"d": None, "c": [1, 2]}, "a": 1})
+    others = [
+        {"a": 1, "b": {"c": [2, 1], "d": None}},
+        {"a": "1", "b": {"c": [1, 2], "d": None}},
+        {"a": 1, "b": {"c": [1, 2]}},
+        {},
+    ]
+    assert len({first, *map(fingerprint, others)}) == 5
+
+
+def test_differences_are_told(work: WorkDir) -> None:
+    depends = {"bits": 3, "damp": 0.5, "gptq": {"steps": 2}, "tokens": "ab"}
+    work.phase("gptq", depends)
+
+    changed = {"tokens": "cd", "gptq": {"steps": 3}, "damp": 0.5, "bits": 2}
+
+    assert work.differences("gptq", changed) == [
+        "bits was 3, is 2",
+        "gptq changed",
+        "tokens changed",
+    ]
+    assert work.differences("gptq", depends | {"damp": 1.0}) == ["damp was 0.5, is 1.0"]
+
+
+def test_without_an_earlier_run_there_is_no_difference(work: WorkDir) -> None:
+    depends = {"bits": 3}
+
+    assert work.differences("gptq", depends) == []
+    work.phase("gptq", depends)
+    assert work.differences("gptq", depends) == []
+    # Another phase, and a phase that depends on more: no run to compare with.
+    assert work.differences("gradients", {"bits": 2}) == []
+    assert work.differences("gptq", {"bits": 2, "outliers": 1}) == []
+
+
+def test_of_earlier_runs_the_nearest_is_told(work: WorkDir) -> None:
+    for bits, size in ((3, 32), (4, 64)):
+        work.phase("gptq", {"bits": bits, "size": size, "dtype": "bfloat16"})
+
+    depends = {"bits": 2, "size": 64, "dtype": "bfloat16"}
+
+    assert work.differences("gptq", depends) == ["bits was 4, is 2"]
+
+
+def test_a_work_folder_of_the_user_stays(tmp_path: Path) -> None:
+    with open_workdir(tmp_path / "work", tmp_path / "out", World()) as work:
+        folder = work.phase("gptq", {}).folder
+
+    assert folder.parent == tmp_path / "work"
+    assert folder.is_dir()
+
+
+def test_the_hidden_folder_goes_when_all_is_done(tmp_path: Path) -> None:
+    with open_workdir(None, tmp_path / "out", World()) as work:
+        work.phase("gptq", {}).save("block", {"a": torch.ones(1)})
+        assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
+
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_the_hidden_folder_of_a_failed_run_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def fail() -> None:
+        with open_workdir(None, tmp_path / "out", World()) as work:
+            work.phase("gptq", {}).save("block", {"a": torch.ones(1)})
+            raise error
+
+    with pytest.raises(error):
+        fail()
+
+    monkeypatch.chdir(tmp_path)
+    with open_workdir(None, Path("out"), World()) as work:
+        assert "block" in work.phase("gptq", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_have_hidden_folders_of_their_own(tmp_path: Path) -> None:
+    with (
+        open_workdir(None, tmp_path / "a", World()) as first,
+        open_workdir(None, tmp_path / "b", World()) as second,
+    ):
+        assert first.folder != second.folder
+
+
+def test_only_the_leader_removes_the_hidden_folder(tmp_path: Path) -> None:
+    with open_workdir(None, tmp_path / "out", World()) as work:
+        work.phase("gptq", {})
+        follower = World(rank=1, size=1)
+        with open_workdir(None, tmp_path / "out", follower):
+            pass
+        assert work.folder.is_dir()
+
+    assert not work.folder.exists()
+
+
+def test_a_staged_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    final = tmp_path / "new" / "out"
+
+    with staged_folder(final) as staging:
+        (staging / "file").write_text("data")
+        assert not final.exists()
+
+    assert (final / "file").read_text() == "data"
+    assert [path.name for path in final.parent.iterdir()] == ["out"]
+
+
+def test_a_staged_folder_goes_when_the_body_fails(tmp_path: Path) -> None:
+    def fail() -> None:
+        with staged_folder(tmp_path / "out") as staging:
+            (staging / "file").write_text("data")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "old").write_text("old")
+
+    with staged_folder(tmp_path / "out") as staging:
+        assert not list(staging.iterdir())
+        (staging / "file").write_text("data")
+
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
