@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from tacq_vllm.config import Recipe, override_recipe
 from tacq_vllm.format.checkpoint import (
@@ -26,6 +27,7 @@ from tests.builders import rewrite_tensors
 from tests.conftest import (
     TinyLlama,
     is_equal,
+    make_tokenizer,
     open_model,
     quick,
     run_pipeline,
@@ -177,3 +179,41 @@ def test_leftovers_of_a_killed_run_are_replaced(
     assert find_faults(tmp_path / "out") == []
     assert not (tmp_path / "out" / "model-00001-of-00002.safetensors").exists()
     assert not leftover.exists()
+
+
+def test_a_generation_config_stays_as_it_was_published(
+    tiny_llama: TinyLlama, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    """Transformers itself would not save this one."""
+    model = Path(shutil.copytree(tiny_llama(torch.bfloat16), tmp_path / "model"))
+    published = '{"temperature": 0.6, "top_p": 0.9}'
+    (model / "generation_config.json").write_text(published)
+    base = open_model(model, tmp_path / "work")
+
+    run_pipeline(
+        base, quick(tiny_recipe, method="gptq"), tmp_path / "out", tmp_path / "work"
+    )
+
+    assert (tmp_path / "out" / "generation_config.json").read_text() == published
+
+
+def test_names_of_the_modules_where_the_linears_were_published_otherwise(
+    tiny_llama: TinyLlama, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    """As a decoder without its head is saved."""
+    model = tmp_path / "model"
+    whole = LlamaForCausalLM.from_pretrained(
+        tiny_llama(torch.bfloat16, tie_word_embeddings=True), dtype=torch.bfloat16
+    )
+    whole.model.save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    base = open_model(model, tmp_path / "work")
+
+    run_pipeline(
+        base, quick(tiny_recipe, method="gptq"), tmp_path / "out", tmp_path / "work"
+    )
+
+    stored = load_file(tmp_path / "out" / WEIGHTS_NAME)
+    assert find_faults(tmp_path / "out") == []
+    assert all(name.startswith("model.") for name in stored)
+    assert not any(name.endswith("q_proj.weight") for name in stored)

@@ -6,7 +6,13 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME
 from tacq_vllm.quantize.errors import QuantizeError
@@ -308,3 +314,44 @@ def test_model_without_a_tokenizer(model_copy: Path, work: Path) -> None:
 def test_quantized_model(tiny_checkpoint: Path, work: Path) -> None:
     with pytest.raises(QuantizeError, match="already quantized"):
         open_model(tiny_checkpoint, work)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_published_type_is_known(
+    tiny_llama: TinyLlama, work: Path, dtype: torch.dtype
+) -> None:
+    assert open_model(tiny_llama(dtype), work).stored_dtype == dtype
+
+
+def test_buffers_are_read_where_they_were_published(tmp_path: Path) -> None:
+    """The router of DeepSeek-V3 has one."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    model = DeepseekV3ForCausalLM(config)
+    bias = torch.randn(4)
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+    model.get_buffer(name).copy_(bias)
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+
+    base = open_model(tmp_path / "model", tmp_path / "work")
+
+    assert torch.equal(base.model.get_buffer(name), bias)

@@ -17,6 +17,7 @@ from tacq_vllm.config import Recipe, override_recipe
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
+from tests.builders import truncate
 from tests.conftest import (
     Recorder,
     assert_released,
@@ -335,3 +336,18 @@ def test_a_killed_command_goes_on(
     whole = tacq_arguments(tiny_model, task_file, tmp_path / "whole")
     assert CliRunner().invoke(app, whole).exit_code == 0
     assert contents(tmp_path / "made" / "out") == contents(tmp_path / "whole")
+
+
+def test_a_damaged_file_is_named_with_its_remedy(
+    tiny_base: BaseModel, recipe: Recipe, work: Path
+) -> None:
+    path = next(work.rglob("sums-0000.safetensors"))
+    truncate(path, 100)
+    other = override_recipe(recipe, {"outliers.ratio": 0.02})
+
+    with pytest.raises(QuantizeError, match=rf"sums-0000.*delete {path.parent}"):
+        run(tiny_base, other, work)
+    shutil.rmtree(path.parent)
+    assert find_faults(work.parent / "out") != []
+    run(tiny_base, other, work)
+    assert find_faults(work.parent / "out") == []

@@ -218,6 +218,16 @@ def test_every_turn_of_the_assistant_is_scored(
     assert scored_words(chat_tokenizer, sample) == "finds a city </s> slowly </s>"
 
 
+def test_a_chat_that_the_assistant_opens(
+    chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "chat.jsonl", [{"messages": CHAT[1:3]}])
+
+    (sample,) = read(chat_tokenizer, source, completions_only=True)
+
+    assert scored_words(chat_tokenizer, sample) == "<s> <unk> finds a city </s>"
+
+
 @pytest.mark.parametrize("completions_only", [False, True])
 def test_a_chat_gets_no_second_first_token(
     chat_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, completions_only: bool
@@ -283,6 +293,7 @@ def test_a_sample_without_a_completion_is_refused(
         ('{"text": 3}', "none of `text`"),
         ('{"prompt": "the old river"}', "none of `text`"),
         ('{"messages": "the old river"}', "none of `text`"),
+        ('{"messages": ["the old river"]}', "none of `text`"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "chat template"),
     ],
 )
