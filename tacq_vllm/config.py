@@ -41,6 +41,11 @@ class CalibrationConfig(_Section):
         "whole, fill as many tokens.",
     )
     seq_len: int = Field(2048, ge=2, description="Tokens in each window.")
+    packing: bool = Field(
+        False,
+        description="Join a task's samples and cut them into windows too: for many "
+        "short ones. Paper: false.",
+    )
     loss: Literal["all", "completion"] = Field(
         "all",
         description="Gradients of the loss on all tokens (paper), or on completions "
@@ -50,6 +55,14 @@ class CalibrationConfig(_Section):
     temperature: float = Field(
         0.7, gt=0.0, description="Sampling temperature of `self`."
     )
+
+    @model_validator(mode="after")
+    def _check_packing(self) -> Self:
+        if self.packing and self.loss == "completion":
+            raise ValueError(
+                "packing cuts completions from their prompts: it needs loss `all`"
+            )
+        return self
 
 
 class OutlierConfig(_Section):

@@ -40,6 +40,7 @@ def test_a_recipe_survives_a_round_trip() -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
+        ({"calibration": {"packing": True, "loss": "completion"}}, "needs loss `all`"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"gptq": {"percdamp": 1}}, r"gptq\.percdamp: Extra inputs"),
         ({"bits": 5}, "bits: Input should be 2, 3 or 4"),

@@ -73,7 +73,7 @@ def _all_sources(
             yield from map(Sample.of, generate_windows(base, config, count, progress))
             continue
         found = reader.read(source)
-        if found.is_text:
+        if found.is_text or config.packing:
             chosen = cut_windows(found.samples, config.seq_len, count, config.seed)
         else:
             chosen = take_whole(found.samples, count * config.seq_len, limit)

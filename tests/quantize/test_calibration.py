@@ -174,6 +174,20 @@ def test_tasks_stay_whole(
     assert 160 - longest < count_tokens(samples) <= 160
 
 
+def test_packed_tasks_become_windows(
+    tiny_base: BaseModel, task_file: Path, phase_folder: PhaseFolder
+) -> None:
+    tasks = [json.loads(line) for line in task_file.read_text().splitlines()]
+    whole = {task["prompt"] + task["completion"] for task in tasks}
+    config = make_config(task_file, num_samples=4, seq_len=30, packing=True)
+
+    samples = calibrate(tiny_base, config, phase_folder)
+
+    assert [sample.tokens.numel() for sample in samples] == [30] * 4
+    assert all(bool(sample.scored.all()) for sample in samples)
+    assert not whole & {words(tiny_base, sample.tokens) for sample in samples}
+
+
 @pytest.mark.parametrize(("loss", "share"), [("all", 1.0), ("completion", 0.4)])
 def test_the_loss_decides_what_is_scored(
     tiny_base: BaseModel,
