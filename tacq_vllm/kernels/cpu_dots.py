@@ -1,5 +1,6 @@
 """LLVM code for products of unsigned codes and signed bytes, by processor."""
 
+import functools
 from typing import Any
 
 from llvmlite import binding, ir
@@ -44,6 +45,7 @@ def dot_plain(builder: Any, acc: Any, codes: Any, x: Any) -> Any:
 DOTS = {"vnni": dot_vnni, "avx2": dot_avx2, "plain": dot_plain}
 
 
+@functools.cache
 def best_dot() -> str:
     """The fastest of `DOTS` that this processor has."""
     features = binding.get_host_cpu_features()

@@ -7,9 +7,7 @@ from typing import Any
 import numba
 import torch
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 LANES = 16
 """Lanes of a vector of 32-bit values."""
@@ -109,8 +107,10 @@ def zeroed(builder: Any) -> Any:
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """The sum a · b + c in each lane."""
-    return call(builder, f"llvm.fmuladd.v{a.type.count}f32", a.type, [a, b, c])
+    """The sum a · b + c, of floats or in each lane."""
+    is_vector = isinstance(a.type, ir.VectorType)
+    kind = f"v{a.type.count}f32" if is_vector else "f32"
+    return call(builder, f"llvm.fmuladd.{kind}", a.type, [a, b, c])
 
 
 def add_product(builder: Any, slot: Any, a: Any, b: Any) -> None:
@@ -138,31 +138,3 @@ def to_float(builder: Any, bits: Any, dtype: torch.dtype) -> Any:
         return builder.fpext(builder.bitcast(bits, shaped(ir.HalfType())), shaped(F32))
     word = builder.zext(bits, shaped(I32))
     return builder.bitcast(builder.shl(word, same(word.type, 16)), shaped(F32))
-
-
-def loader(kind: Any, dtype: torch.dtype | None = None) -> Any:
-    """Intrinsic: element `index` of an array at an address; `dtype` of 16-bit ones."""
-    result = types.int32 if kind is I32 else types.float32
-
-    @intrinsic
-    def load(typing_context, base, index):
-        def codegen(context, builder, signature, arguments):
-            base, index = arguments
-            value = at(builder, base, index, kind)
-            return value if dtype is None else to_float(builder, value, dtype)
-
-        return result(types.int64, types.int64), codegen
-
-    return load
-
-
-@intrinsic
-def store(typing_context, base, index, value):
-    """Store a float at element `index` of an array at an address."""
-
-    def codegen(context, builder, signature, arguments):
-        base, index, value = arguments
-        put(builder, builder.add(base, builder.mul(index, I64(4))), value)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), codegen

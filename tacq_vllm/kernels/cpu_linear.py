@@ -25,6 +25,7 @@ from torch.nn.functional import linear as dense_linear
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels import cpu_exact, cpu_int8
+from tacq_vllm.kernels.cpu_chunks import supports_groups
 from tacq_vllm.kernels.cpu_dots import best_dot
 from tacq_vllm.kernels.cpu_ir import LANES
 from tacq_vllm.kernels.cpu_rounding import BLOCK, chunk_columns, compile_rounding
@@ -74,7 +75,7 @@ def warm_up(packed: PackedLinear, x_dtype: torch.dtype) -> None:
     if _rounds(x_dtype, packed):
         _int8_rounding(bits)
         for tokens in _TOKEN_COUNTS:
-            _int8_linear(bits, dtype, _group_size(packed), tokens, dot_instructions())
+            _int8_linear(bits, dtype, _group_size(packed), tokens, best_dot())
     else:
         _exact_dequantize(bits, dtype)
         for tokens in _TOKEN_COUNTS:
@@ -120,7 +121,7 @@ def _rounded(x: Tensor, packed: PackedLinear) -> Tensor:
                     packed.scales.dtype,
                     _group_size(packed),
                     tile,
-                    dot_instructions(),
+                    best_dot(),
                 ),
                 (
                     *_addresses(packed),
@@ -216,7 +217,7 @@ def _rounds(x_dtype: torch.dtype, packed: PackedLinear) -> bool:
     return (
         x_dtype != torch.float32
         and activations() == "int8"
-        and cpu_int8.supports_groups(packed.bits, packed.group_size, packed.in_features)
+        and supports_groups(packed.bits, packed.group_size, packed.in_features)
     )
 
 
@@ -227,12 +228,6 @@ def activations() -> str:
     if chosen not in ("int8", "exact"):
         raise ValueError(f"{ACTIVATIONS_VARIABLE}={chosen}: int8 or exact is expected")
     return chosen
-
-
-@functools.cache
-def dot_instructions() -> str:
-    """How bytes are multiplied here."""
-    return best_dot()
 
 
 def _openmp() -> OpenMP:
