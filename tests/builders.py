@@ -1,7 +1,7 @@
-"""Random linears and damaged checkpoints."""
+"""Random linears and inputs, samples, commands, and damaged checkpoints."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,15 @@ from torch import Tensor
 from tacq_vllm.format.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import select_outliers
+
+Change = Callable[[dict[str, Tensor]], None]
+"""What changes tensors of a checkpoint, by name, in place."""
+
+
+def random_input(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Activations, the same for each shape."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def random_linear(
@@ -67,7 +76,25 @@ def assert_is_product(
     assert bool(((out.double() - expected).abs() <= bound).all())
 
 
-def rewrite_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def quantize_arguments(
+    model: Path, output: Path, *sources: str | Path, **options: object
+) -> list[str]:
+    """What asks the command line for a small run on the CPU."""
+    small = {"group_size": 32, "num_samples": 2, "seq_len": 32, "device": "cpu"}
+    parts: list[object] = ["quantize", model, "--output", output]
+    for name, value in (small | options).items():
+        parts += [f"--{name.replace('_', '-')}", value]
+    for source in sources:
+        parts += ["--calibration", source]
+    return [str(part) for part in parts]
+
+
+def rewrite_tensors(folder: Path, change: Change) -> None:
     """Change the tensors of a checkpoint of one shard."""
     path = folder / WEIGHTS_NAME
     tensors = load_file(path)
@@ -76,6 +103,35 @@ def rewrite_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -
     temporary = path.with_suffix(".new")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)
+
+
+def remove(name: str) -> Change:
+    """A change that removes a tensor."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[name]
+
+    return change
+
+
+def replace(name: str, new: Callable[[Tensor], Tensor]) -> Change:
+    """A change that makes a tensor another."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = new(tensors[name])
+
+    return change
+
+
+def put(index: int, value: float) -> Callable[[Tensor], Tensor]:
+    """What gives a copy of a tensor with another value at a flat index."""
+
+    def change(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[index] = value
+        return tensor
+
+    return change
 
 
 def rewrite_schema(folder: Path, **fields: Any) -> None:

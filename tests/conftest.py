@@ -1,4 +1,3 @@
-import json
 import os
 import random
 import shutil
@@ -16,8 +15,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.trainers import WordLevelTrainer
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -30,6 +31,7 @@ from tacq_vllm.quantize.pipeline import quantize_model
 from tacq_vllm.quantize.progress import Listener, Progress
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
+from tests.builders import write_lines
 
 settings.register_profile("tacq", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("tacq")
@@ -38,6 +40,19 @@ settings.load_profile("tacq")
 torch.set_num_threads(1)
 
 VOCAB_SIZE = 128
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Sizes of a tiny model, whatever its family."""
 
 
 def make_text(sentences: int = 200) -> str:
@@ -80,6 +95,35 @@ def make_chat_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def words(tokenizer: PreTrainedTokenizerFast, tokens: Tensor) -> str:
+    """The text of tokens of `make_tokenizer`."""
+    return " ".join(tokenizer.convert_ids_to_tokens(tokens.tolist()))
+
+
+def scored_words(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
+    """The text of the tokens of a sample that count in the loss."""
+    return words(tokenizer, sample.tokens[sample.scored])
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> Path:
+    """Save a model with a tokenizer; give its folder."""
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_random(
+    config: PretrainedConfig, folder: Path, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """Save a model of random weights and biases, always the same."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return save_model(model.to(dtype), folder)
+
+
 TinyLlama = Callable[..., Path]
 
 
@@ -88,24 +132,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
     """Save a random Llama of a given type with a tokenizer; give its folder."""
 
     def make(dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-        config = {
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "initializer_range": 0.1,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**(config | overrides))).to(dtype)
         folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-        model.save_pretrained(folder)
-        make_tokenizer().save_pretrained(folder)
-        return folder
+        return save_random(LlamaConfig(**(SIZES | overrides)), folder, dtype)
 
     return make
 
@@ -114,6 +142,19 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
 def tiny_model(tiny_llama: TinyLlama) -> Path:
     """Folder of a random Llama in bfloat16."""
     return tiny_llama(torch.bfloat16)
+
+
+@pytest.fixture
+def model_copy(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to change."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def tokens() -> Tensor:
+    """More tokens than the kernel for few of them serves: [2, 20]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(VOCAB_SIZE, (2, 20), generator=generator)
 
 
 @pytest.fixture(scope="session")
@@ -160,11 +201,12 @@ def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts with completions, of many lengths."""
     path = tmp_path_factory.mktemp("task") / "task.jsonl"
     sentences = make_text().split(" . ")
-    with path.open("w") as file:
-        for index in range(40):
-            prompt = " . ".join(sentences[4 * index : 4 * index + 1 + index % 3])
-            task = {"prompt": prompt, "completion": f" {sentences[4 * index + 3]}"}
-            file.write(json.dumps(task) + "\n")
+    tasks = []
+    for index in range(40):
+        prompt = " . ".join(sentences[4 * index : 4 * index + 1 + index % 3])
+        completion = f" {sentences[4 * index + 3]}"
+        tasks.append({"prompt": prompt, "completion": completion})
+    write_lines(path, tasks)
     return path
 
 
@@ -178,8 +220,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"question": f"the {thing}", "answer": f"a {thing} again"}
             for thing in things
         ]
-        lines = [json.dumps(problem) + "\n" for problem in problems]
-        (root / "gsm8k" / name).write_text("".join(lines))
+        write_lines(root / "gsm8k" / name, problems)
 
     (root / "gsm8k").mkdir()
     shots = [f"shot {number}" for number in range(8)]

@@ -20,7 +20,7 @@ from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize.progress import Progress as RunProgress
-from tests.builders import rewrite_tensors, truncate
+from tests.builders import quantize_arguments, rewrite_tensors, truncate
 from tests.conftest import make_chat_tokenizer
 
 TACQ = Path(sys.executable).parent / "tacq"
@@ -188,12 +188,6 @@ def test_quantize_end_to_end(tiny_model: Path, text_file: Path, tmp_path: Path) 
     assert "tiny-llama, TaCQ 2 bits" in card
 
 
-def quick_arguments(model: Path, output: Path, *sources: str | Path) -> list[str]:
-    options = "--group-size 32 --num-samples 2 --seq-len 32 --device cpu".split()
-    calibration = [part for s in sources for part in ("--calibration", str(s))]
-    return ["quantize", str(model), "--output", str(output), *options, *calibration]
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -229,7 +223,7 @@ def test_bad_options(
 def test_a_named_set_in_a_folder(
     tiny_model: Path, data_root: Path, tmp_path: Path
 ) -> None:
-    arguments = quick_arguments(tiny_model, tmp_path / "out", "gsm8k", "wikitext2")
+    arguments = quantize_arguments(tiny_model, tmp_path / "out", "gsm8k", "wikitext2")
 
     result = tacq(*arguments, "--data-root", data_root, "--method", "gptq")
 
@@ -242,7 +236,7 @@ def test_a_named_set_in_a_folder(
 def test_the_hidden_work_folder_goes(
     tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    result = tacq(*quick_arguments(tiny_model, tmp_path / "out", text_file))
+    result = tacq(*quantize_arguments(tiny_model, tmp_path / "out", text_file))
 
     assert result.exit_code == 0, result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -252,7 +246,7 @@ def test_what_is_found_in_a_work_folder_is_told(
     tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
     def quantize(name: str, *options: str) -> list[str]:
-        arguments = quick_arguments(tiny_model, tmp_path / name, text_file)
+        arguments = quantize_arguments(tiny_model, tmp_path / name, text_file)
         result = tacq(*arguments, "--work-dir", tmp_path / "work", *options)
         assert result.exit_code == 0, result.stderr
         return result.stderr.splitlines()
@@ -274,7 +268,7 @@ def test_a_source_that_runs_out_is_told(tiny_model: Path, tmp_path: Path) -> Non
     text = tmp_path / "short.txt"
     text.write_text("the old river follows a garden again .")
 
-    result = tacq(*quick_arguments(tiny_model, tmp_path / "out", text))
+    result = tacq(*quantize_arguments(tiny_model, tmp_path / "out", text))
 
     assert result.exit_code == 0, result.stderr
     assert "short.txt: 8 tokens, fewer than the 64 asked for" in result.stderr
@@ -323,11 +317,10 @@ def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
     assert_one_line(result, "nowhere: cannot be loaded")
 
 
-def test_a_model_that_is_damaged(tiny_model: Path, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    truncate(model / WEIGHTS_NAME)
+def test_a_model_that_is_damaged(model_copy: Path, tmp_path: Path) -> None:
+    truncate(model_copy / WEIGHTS_NAME)
 
-    result = tacq("quantize", model, "--output", tmp_path / "out")
+    result = tacq("quantize", model_copy, "--output", tmp_path / "out")
 
     assert_one_line(result, "cannot be loaded")
 

@@ -1,7 +1,6 @@
 """A folder of every named set, with questions that occur in both splits."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 
 from tacq_vllm.data.errors import DataError
 from tacq_vllm.data.sets import NamedSet, Split, load_named_set
+from tests.builders import write_lines
 
 TRAIN_TEXT = " = Cats = \n \n Cats sleep . \n"
 TEST_TEXT = " = Dogs = \n \n Dogs bark . \n"
@@ -54,10 +54,6 @@ LINES = {
     "spider/dev.jsonl": [query("dogs", "how many?"), query("dogs", "Which dogs?")],
 }
 SCHEMAS = {db: {"ddl": f"CREATE TABLE {db} (name text);"} for db in ("cats", "dogs")}
-
-
-def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture

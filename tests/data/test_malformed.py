@@ -5,14 +5,8 @@ from typing import Any
 import pytest
 
 from tacq_vllm.data.sets import NAMED_SETS, Split
-from tests.data.conftest import (
-    LINES,
-    TEST_TEXT,
-    choice,
-    failure,
-    query,
-    write_lines,
-)
+from tests.builders import write_lines
+from tests.data.conftest import LINES, TEST_TEXT, choice, failure, query
 
 
 def test_unknown_set(root: Path) -> None:

@@ -7,13 +7,13 @@ from typing import get_args
 import pytest
 
 from tacq_vllm.data.sets import NAMED_SETS, Item, NamedSet, Split, load_named_set
+from tests.builders import write_lines
 from tests.data.conftest import (
     DEV,
     TEST_TEXT,
     TRAIN_TEXT,
     both_splits,
     choice,
-    write_lines,
 )
 
 REAL_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,35 +7,18 @@ from torch import Tensor
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.format.validation import check_headers, find_faults
-from tests.builders import rewrite_schema, rewrite_tensors, truncate
+from tests.builders import (
+    Change,
+    put,
+    remove,
+    replace,
+    rewrite_schema,
+    rewrite_tensors,
+    truncate,
+)
 
 LINEAR = "model.layers.1.self_attn.o_proj"
 OTHER = "model.layers.0.mlp.down_proj"
-
-
-def remove(name: str) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        del tensors[name]
-
-    return change
-
-
-def replace(
-    name: str, new: Callable[[Tensor], Tensor]
-) -> Callable[[dict[str, Tensor]], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[name] = new(tensors[name])
-
-    return change
-
-
-def put(index: int, value: float) -> Callable[[Tensor], Tensor]:
-    def change(tensor: Tensor) -> Tensor:
-        tensor = tensor.clone()
-        tensor.view(-1)[index] = value
-        return tensor
-
-    return change
 
 
 def add_dense(tensors: dict[str, Tensor]) -> None:
@@ -81,7 +63,7 @@ def test_a_whole_checkpoint_has_no_faults(tiny_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(("change", "fault"), HEADER_FAULTS + CONTENT_FAULTS)
 def test_each_fault_names_its_tensor(
-    checkpoint_copy: Path, change: Callable[[dict[str, Tensor]], None], fault: str
+    checkpoint_copy: Path, change: Change, fault: str
 ) -> None:
     rewrite_tensors(checkpoint_copy, change)
 
@@ -93,7 +75,7 @@ def test_each_fault_names_its_tensor(
 
 @pytest.mark.parametrize(("change", "fault"), HEADER_FAULTS)
 def test_headers_are_refused_before_a_weight_is_read(
-    checkpoint_copy: Path, change: Callable[[dict[str, Tensor]], None], fault: str
+    checkpoint_copy: Path, change: Change, fault: str
 ) -> None:
     rewrite_tensors(checkpoint_copy, change)
 
@@ -104,7 +86,7 @@ def test_headers_are_refused_before_a_weight_is_read(
 @pytest.mark.parametrize("changes", [HEADER_FAULTS, CONTENT_FAULTS])
 def test_every_linear_at_fault_has_a_line(
     checkpoint_copy: Path,
-    changes: list[tuple[Callable[[dict[str, Tensor]], None], str]],
+    changes: list[tuple[Change, str]],
 ) -> None:
     change, fault = changes[0]
     rewrite_tensors(checkpoint_copy, change)

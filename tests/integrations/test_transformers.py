@@ -7,12 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -25,8 +20,16 @@ from tacq_vllm.format.schema import FormatError
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.kernels import ops
 from tacq_vllm.layers import TacqLinear
-from tests.builders import rewrite_schema, rewrite_tensors, truncate
-from tests.conftest import VOCAB_SIZE, make_tokenizer, open_model, run_pipeline
+from tests.builders import (
+    Change,
+    put,
+    remove,
+    replace,
+    rewrite_schema,
+    rewrite_tensors,
+    truncate,
+)
+from tests.conftest import SIZES, open_model, run_pipeline, save_random
 
 LINEAR = "model.layers.1.self_attn.o_proj"
 
@@ -36,38 +39,13 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    """More tokens than the kernel for few of them serves, and as few as one."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(VOCAB_SIZE, (2, 20), generator=generator)
-
-
-@pytest.fixture(scope="module")
 def biased_checkpoint(
     tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A quantized Qwen2, whose attention has biases."""
     folder = tmp_path_factory.mktemp("biased")
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.1,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    model.to(torch.bfloat16).save_pretrained(folder / "base")
-    make_tokenizer().save_pretrained(folder / "base")
-    base = open_model(folder / "base", folder / "work")
+    model = save_random(Qwen2Config(**SIZES), folder / "base")
+    base = open_model(model, folder / "work")
     run_pipeline(base, tiny_recipe, folder / "quantized", folder / "work")
     return folder / "quantized"
 
@@ -197,32 +175,30 @@ def test_dequantized_weights_can_be_saved(
     assert torch.equal(load(tmp_path)(tokens).logits, model(tokens).logits)
 
 
-def put(name: str, index: int, value: float) -> Callable[[Path], None]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[name] = tensors[name].clone()
-        tensors[name].view(-1)[index] = value
-
+def of_tensors(change: Change) -> Callable[[Path], None]:
     return lambda folder: rewrite_tensors(folder, change)
-
-
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda folder: rewrite_tensors(folder, lambda tensors: tensors.pop(name))
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (lambda folder: truncate(folder / WEIGHTS_NAME), "truncated"),
-        (remove(f"{LINEAR}.scales"), f"{LINEAR}.scales: the tensor is missing"),
         (
-            put(f"{LINEAR}.scales", 3, float("nan")),
+            of_tensors(remove(f"{LINEAR}.scales")),
+            f"{LINEAR}.scales: the tensor is missing",
+        ),
+        (
+            of_tensors(replace(f"{LINEAR}.scales", put(3, float("nan")))),
             f"{LINEAR}.scales: a value is not finite",
         ),
         (
-            put(f"{LINEAR}.outliers", -1, 64),
+            of_tensors(replace(f"{LINEAR}.outliers", put(-1, 64))),
             f"{LINEAR}.outliers: column 64 is outside 64",
         ),
-        (put(f"{LINEAR}.outliers", 1, -7), f"{LINEAR}.outliers: row offsets run"),
+        (
+            of_tensors(replace(f"{LINEAR}.outliers", put(1, -7))),
+            f"{LINEAR}.outliers: row offsets run",
+        ),
         (
             lambda folder: rewrite_schema(folder, format_version=2),
             "format_version 2 is not known",

@@ -1,7 +1,6 @@
 """A real `vllm serve`: what it refuses, and that it reads what the others read."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.builders import rewrite_schema, truncate
 from tests.serving import ENVIRONMENT, refusal, server
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -161,46 +161,28 @@ def test_the_demo_script_answers(smollm2):
     assert answer["checkpoint_bytes"] == figures.checkpoint_bytes
 
 
-@pytest.fixture
-def broken(tiny_checkpoint, tmp_path) -> Path:
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(tiny_checkpoint, folder)
-    return folder
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"] |= changes
-    path.write_text(json.dumps(config))
-
-
-def test_wrong_flag(broken):
-    code, lines = refusal(broken, "--quantization", "gptq")
+def assert_refused(folder: Path, reason: str, *options: str) -> None:
+    code, lines = refusal(folder, *options)
     assert code != 0
     assert len(lines) == 1
-    assert "this is a TaCQ checkpoint, not 'gptq'" in lines[0]
+    assert reason in lines[0]
+
+
+def test_wrong_flag(tiny_checkpoint):
+    reason = "this is a TaCQ checkpoint, not 'gptq'"
+    assert_refused(tiny_checkpoint, reason, "--quantization", "gptq")
 
 
 def test_flag_on_a_model_that_is_not_quantized(tiny_llama):
-    code, lines = refusal(tiny_llama(), "--quantization", "tacq")
-    assert code != 0
-    assert len(lines) == 1
-    assert "config.json has no quantization_config" in lines[0]
+    reason = "config.json has no quantization_config"
+    assert_refused(tiny_llama(), reason, "--quantization", "tacq")
 
 
-def test_truncated_shard(broken):
-    path = broken / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    code, lines = refusal(broken)
-    assert code != 0
-    assert len(lines) == 1
-    assert "model.safetensors: truncated" in lines[0]
+def test_truncated_shard(checkpoint_copy):
+    truncate(checkpoint_copy / "model.safetensors", 100)
+    assert_refused(checkpoint_copy, "model.safetensors: truncated")
 
 
-def test_later_format_version(broken):
-    edit_config(broken, format_version=2)
-    code, lines = refusal(broken)
-    assert code != 0
-    assert len(lines) == 1
-    assert "install a newer tacq-vllm" in lines[0]
+def test_later_format_version(checkpoint_copy):
+    rewrite_schema(checkpoint_copy, format_version=2)
+    assert_refused(checkpoint_copy, "install a newer tacq-vllm")

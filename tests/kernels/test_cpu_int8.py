@@ -1,42 +1,24 @@
-import importlib.util
-import platform
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.builders import assert_is_product, random_linear
+from tests.builders import assert_is_product, random_input, random_linear
+from tests.kernels.cpu import OBSTACLE, assert_bits_are_fixed, assert_tokens_are_apart
 
-if platform.machine() != "x86_64" or importlib.util.find_spec("numba") is None:
-    pytest.skip("the kernel needs numba on x86-64", allow_module_level=True)
+if OBSTACLE is not None:
+    pytest.skip(OBSTACLE, allow_module_level=True)
 
 from tacq_vllm.kernels import cpu_linear as kernel
-from tacq_vllm.kernels.cpu_int8 import supports_groups
+from tacq_vllm.kernels.cpu_chunks import supports_groups
 from tacq_vllm.kernels.cpu_linear import cpu_linear
 
-if not kernel.available():
-    pytest.skip("PyTorch runs without OpenMP", allow_module_level=True)
-
 BITS = [2, 3, 4]
-BEST = kernel.dot_instructions()
+BEST = kernel.best_dot()
 DOTS = {"vnni": ["vnni", "avx2", "plain"], "avx2": ["avx2", "plain"]}.get(
     BEST, ["plain"]
 )
-
-
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def random_input(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def bytes_input(tokens: int, columns: int) -> Tensor:
@@ -106,7 +88,7 @@ def test_what_8_bits_hold_is_multiplied_exactly(
     in_features: int,
     group_size: int,
 ) -> None:
-    monkeypatch.setattr(kernel, "dot_instructions", lambda: dot)
+    monkeypatch.setattr(kernel, "best_dot", lambda: dot)
     packed, dense = random_linear(
         bits, 37, in_features, group_size, 0.02, torch.bfloat16, 1
     )
@@ -123,7 +105,7 @@ def test_what_8_bits_hold_is_multiplied_exactly(
 def test_the_largest_codes_and_bytes_do_not_overflow(
     monkeypatch: pytest.MonkeyPatch, bits: int, dot: str
 ) -> None:
-    monkeypatch.setattr(kernel, "dot_instructions", lambda: dot)
+    monkeypatch.setattr(kernel, "best_dot", lambda: dot)
     packed, _ = random_linear(bits, 16, 4096, -1, 0.0, torch.bfloat16, 2)
     for plane in packed.weight_planes:
         plane.fill_(-1)
@@ -144,25 +126,17 @@ def test_the_largest_codes_and_bytes_do_not_overflow(
 @pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_bits_do_not_depend_on_threads_or_runs(bits: int, tokens: int) -> None:
     packed, _ = random_linear(bits, 67, 576, 64, 0.03, torch.bfloat16, 5)
-    x = random_input(tokens, 576)
-    results = []
+    x = random_input(tokens, 576, dtype=torch.bfloat16)
 
-    for threads in (1, 2, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(cpu_linear(x, packed, None))
-
-    assert all(torch.equal(result, results[0]) for result in results)
+    assert_bits_are_fixed(cpu_linear, x, packed)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_token_does_not_see_its_neighbours(bits: int) -> None:
     packed, _ = random_linear(bits, 33, 576, 64, 0.03, torch.bfloat16, 6)
-    x = random_input(13, 576)
+    x = random_input(13, 576, dtype=torch.bfloat16)
 
-    together = cpu_linear(x, packed, None)
-
-    alone = torch.cat([cpu_linear(row, packed, None) for row in x.split(1)])
-    assert torch.equal(together, alone)
+    assert_tokens_are_apart(cpu_linear, x, packed)
 
 
 def test_zeros_and_numbers_that_are_none() -> None:
@@ -179,7 +153,8 @@ def test_zeros_and_numbers_that_are_none() -> None:
 
 def test_bias() -> None:
     packed, _ = random_linear(2, 20, 64, 32, 0.02, torch.bfloat16, 8)
-    x, bias = random_input(3, 64), random_input(20)
+    x = random_input(3, 64, dtype=torch.bfloat16)
+    bias = random_input(20, dtype=torch.bfloat16)
 
     out = cpu_linear(x, packed, bias)
 
@@ -196,14 +171,14 @@ def test_float32_is_exact() -> None:
 def test_groups_across_chunks_are_exact() -> None:
     assert not supports_groups(2, 48, 96)
     packed, dense = random_linear(2, 20, 96, 48, 0.02, torch.bfloat16, 9)
-    x = random_input(3, 96)
+    x = random_input(3, 96, dtype=torch.bfloat16)
 
     assert_is_product(cpu_linear(x, packed, None), x, dense)
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, dense = random_linear(3, 40, 64, 32, 0.02, torch.bfloat16, 10)
-    x = random_input(3, 64)
+    x = random_input(3, 64, dtype=torch.bfloat16)
     rounded = cpu_linear(x, packed, None)
     kernel.activations.cache_clear()
     monkeypatch.setenv(kernel.ACTIVATIONS_VARIABLE, "exact")

@@ -1,5 +1,3 @@
-import importlib.util
-import platform
 from collections.abc import Iterator
 
 import pytest
@@ -9,16 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tacq_vllm.format.linear import slice_columns, slice_rows
-from tests.builders import assert_is_product, random_linear
+from tests.builders import assert_is_product, random_input, random_linear
+from tests.kernels.cpu import OBSTACLE, assert_bits_are_fixed, assert_tokens_are_apart
 
-if platform.machine() != "x86_64" or importlib.util.find_spec("numba") is None:
-    pytest.skip("the kernel needs numba on x86-64", allow_module_level=True)
+if OBSTACLE is not None:
+    pytest.skip(OBSTACLE, allow_module_level=True)
 
 from tacq_vllm.kernels import cpu_linear as kernel
 from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, cpu_linear, supports
-
-if not kernel.available():
-    pytest.skip("PyTorch runs without OpenMP", allow_module_level=True)
 
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 BITS = [2, 3, 4]
@@ -29,11 +25,6 @@ def exact_activations() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernel, "activations", lambda: "exact")
         yield
-
-
-def random_input(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(dtype)
 
 
 @given(
@@ -142,26 +133,14 @@ def test_shards_of_a_linear(bits: int) -> None:
     assert not any(supports(x[:, :64], part) for part in columns)
 
 
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("restore_threads")
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("tokens", [1, 3, MAX_FUSED_TOKENS, 20])
 def test_bits_do_not_depend_on_threads_or_runs(bits: int, tokens: int) -> None:
     packed, _ = random_linear(bits, 67, 256, 64, 0.03, torch.bfloat16, 5)
     x = random_input(tokens, 256)
-    results = []
 
-    for threads in (1, 2, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(cpu_linear(x, packed, None))
-
-    assert all(torch.equal(result, results[0]) for result in results)
+    assert_bits_are_fixed(cpu_linear, x, packed)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -169,10 +148,7 @@ def test_a_token_does_not_see_its_neighbours(bits: int) -> None:
     packed, _ = random_linear(bits, 33, 128, 32, 0.03, torch.bfloat16, 6)
     x = random_input(MAX_FUSED_TOKENS, 128)
 
-    together = cpu_linear(x, packed, None)
-
-    alone = torch.cat([cpu_linear(row, packed, None) for row in x.split(1)])
-    assert torch.equal(together, alone)
+    assert_tokens_are_apart(cpu_linear, x, packed)
 
 
 def test_inputs_are_left_alone() -> None:

@@ -6,11 +6,7 @@ from tacq_vllm.format.linear import PackedLinear, slice_columns
 from tacq_vllm.kernels import ops
 from tacq_vllm.kernels.ops import prepare, quantized_linear
 from tacq_vllm.kernels.reference import linear_forward
-from tests.builders import assert_is_product, random_linear
-
-
-def random_input(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+from tests.builders import assert_is_product, random_input, random_linear
 
 
 def op_arguments(

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tacq_vllm.config import CalibrationConfig
 from tacq_vllm.quantize.calibration import (
@@ -17,7 +16,8 @@ from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
-from tests.conftest import Recorder, make_text
+from tests.builders import write_lines
+from tests.conftest import Recorder, make_text, scored_words, words
 
 ROWS = torch.arange(1000).view(100, 10)
 
@@ -35,10 +35,6 @@ def calibrate(
     data_root: Path | None = None,
 ) -> list[Sample]:
     return calibration_samples(base, config, data_root, folder, Progress(listener))
-
-
-def words(base: BaseModel, tokens: Tensor) -> str:
-    return " ".join(base.tokenizer.convert_ids_to_tokens(tokens.tolist()))
 
 
 def count_tokens(samples: list[Sample]) -> int:
@@ -155,7 +151,7 @@ def test_text_becomes_windows(
     for sample in samples:
         assert sample.tokens.dtype == torch.int64
         assert sample.tokens.shape == (8,)
-        assert words(tiny_base, sample.tokens) in make_text()
+        assert words(tiny_base.tokenizer, sample.tokens) in make_text()
     assert recorder.notes == []
 
 
@@ -168,7 +164,7 @@ def test_tasks_stay_whole(
 
     samples = calibrate(tiny_base, config, phase_folder)
 
-    assert {words(tiny_base, sample.tokens) for sample in samples} < whole
+    assert {words(tiny_base.tokenizer, sample.tokens) for sample in samples} < whole
     assert len({sample.tokens.numel() for sample in samples}) > 2
     longest = max(sample.tokens.numel() for sample in samples)
     assert 160 - longest < count_tokens(samples) <= 160
@@ -185,7 +181,7 @@ def test_packed_tasks_become_windows(
 
     assert [sample.tokens.numel() for sample in samples] == [30] * 4
     assert all(bool(sample.scored.all()) for sample in samples)
-    assert not whole & {words(tiny_base, sample.tokens) for sample in samples}
+    assert not whole & {words(tiny_base.tokenizer, sample.tokens) for sample in samples}
 
 
 @pytest.mark.parametrize(("loss", "share"), [("all", 1.0), ("completion", 0.4)])
@@ -202,7 +198,7 @@ def test_the_loss_decides_what_is_scored(
 
     scored = torch.cat([sample.scored for sample in samples])
     assert float(scored.float().mean()) == pytest.approx(share, abs=0.1)
-    ends = {words(tiny_base, sample.tokens[sample.scored]) for sample in samples}
+    ends = {scored_words(tiny_base.tokenizer, sample) for sample in samples}
     assert all(end.startswith("the") for end in ends)
 
 
@@ -225,7 +221,7 @@ def test_samples_that_are_left_out_are_told(
 ) -> None:
     path = tmp_path / "chat.jsonl"
     lines = [{"prompt": "the " * n, "completion": "old"} for n in (4, 127, 128, 300)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(path, lines)
     recorder = Recorder()
     config = make_config(path, num_samples=100)
 
@@ -268,7 +264,7 @@ def test_more_sources_than_samples(
 
     (sample,) = calibrate(tiny_base, config, phase_folder)
 
-    assert words(tiny_base, sample.tokens) in make_text()
+    assert words(tiny_base.tokenizer, sample.tokens) in make_text()
 
 
 def test_a_named_set(
@@ -279,7 +275,7 @@ def test_a_named_set(
 
     samples = calibrate(tiny_base, config, phase_folder, recorder, data_root)
 
-    answers = {words(tiny_base, sample.tokens[sample.scored]) for sample in samples}
+    answers = {scored_words(tiny_base.tokenizer, sample) for sample in samples}
     assert answers == {f"a {x} again" for x in ("river", "city", "garden", "song")}
     (note,) = recorder.notes
     assert note.startswith(f"gsm8k: {count_tokens(samples)} tokens, fewer than the 800")

@@ -1,5 +1,4 @@
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,10 @@ from tests.builders import rewrite_tensors
 from tests.conftest import (
     TinyLlama,
     is_equal,
-    make_tokenizer,
     open_model,
     quick,
     run_pipeline,
+    save_model,
 )
 
 
@@ -104,11 +103,10 @@ def test_tied_embeddings_are_stored_once(
 
 
 def test_a_value_that_the_stored_type_cannot_hold(
-    tiny_model: Path, tiny_recipe: Recipe, tmp_path: Path
+    model_copy: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    rewrite_tensors(model, lambda tensors: tensors["lm_head.weight"].fill_(1e5))
-    base = open_model(model, tmp_path / "work")
+    rewrite_tensors(model_copy, lambda tensors: tensors["lm_head.weight"].fill_(1e5))
+    base = open_model(model_copy, tmp_path / "work")
     recipe = quick(tiny_recipe, **{"method": "gptq", "export.dtype": "float16"})
 
     with pytest.raises(
@@ -182,13 +180,12 @@ def test_leftovers_of_a_killed_run_are_replaced(
 
 
 def test_a_generation_config_stays_as_it_was_published(
-    tiny_llama: TinyLlama, tiny_recipe: Recipe, tmp_path: Path
+    model_copy: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     """Transformers itself would not save this one."""
-    model = Path(shutil.copytree(tiny_llama(torch.bfloat16), tmp_path / "model"))
     published = '{"temperature": 0.6, "top_p": 0.9}'
-    (model / "generation_config.json").write_text(published)
-    base = open_model(model, tmp_path / "work")
+    (model_copy / "generation_config.json").write_text(published)
+    base = open_model(model_copy, tmp_path / "work")
 
     run_pipeline(
         base, quick(tiny_recipe, method="gptq"), tmp_path / "out", tmp_path / "work"
@@ -201,13 +198,10 @@ def test_names_of_the_modules_where_the_linears_were_published_otherwise(
     tiny_llama: TinyLlama, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
     """As a decoder without its head is saved."""
-    model = tmp_path / "model"
     whole = LlamaForCausalLM.from_pretrained(
         tiny_llama(torch.bfloat16, tie_word_embeddings=True), dtype=torch.bfloat16
     )
-    whole.model.save_pretrained(model)
-    make_tokenizer().save_pretrained(model)
-    base = open_model(model, tmp_path / "work")
+    base = open_model(save_model(whole.model, tmp_path / "model"), tmp_path / "work")
 
     run_pipeline(
         base, quick(tiny_recipe, method="gptq"), tmp_path / "out", tmp_path / "work"

@@ -1,7 +1,6 @@
 """Models of several families, from their folder to the logits of their checkpoint."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,66 +28,44 @@ from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.layers import TacqLinear
 from tacq_vllm.quantize.blocks import BlockCalls
 from tests.conftest import (
-    VOCAB_SIZE,
+    SIZES,
     Recorder,
     assert_released,
-    make_tokenizer,
     open_model,
     quick,
     run_pipeline,
+    save_random,
 )
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+# Phi-3 pads with a token that this vocabulary does not have.
+PADDED = SIZES | {"pad_token_id": 0}
 DENSE: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SIZES),
-    "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "llama, biased": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-    "mistral": MistralConfig(**SIZES, head_dim=16, sliding_window=8),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES, head_dim=32),
+    "llama": LlamaConfig(**PADDED),
+    "llama, tied": LlamaConfig(**PADDED, tie_word_embeddings=True),
+    "llama, biased": LlamaConfig(**PADDED, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**PADDED, head_dim=16, sliding_window=8),
+    "qwen2": Qwen2Config(**PADDED),
+    "qwen3": Qwen3Config(**PADDED, head_dim=32),
     "gemma3": Gemma3TextConfig(
-        **SIZES,
+        **PADDED,
         head_dim=16,
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
     ),
-    "phi3": Phi3Config(**SIZES),
+    "phi3": Phi3Config(**PADDED),
 }
 EXPERTS: dict[str, PretrainedConfig] = {
     "qwen3_moe": Qwen3MoeConfig(
-        **SIZES,
+        **PADDED,
         head_dim=16,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=32,
     ),
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral": MixtralConfig(**PADDED, num_local_experts=4, num_experts_per_tok=2),
 }
 SEPARATE = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 FUSED = {"qkv_proj", "gate_up_proj"}
-
-
-def save_random(config: PretrainedConfig, folder: Path) -> Path:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -115,12 +92,6 @@ def quantize(
     run_pipeline(base, quick(recipe), folder / "out", folder / "work", listener)
     assert_released(base)
     return folder / "out"
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(VOCAB_SIZE, (2, 20), generator=generator)
 
 
 def leaves(checkpoint: Path) -> set[str]:

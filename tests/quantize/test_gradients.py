@@ -1,4 +1,3 @@
-import shutil
 from pathlib import Path
 
 import pytest
@@ -179,12 +178,11 @@ def test_a_pass_goes_on_after_any_file(
 
 
 def test_a_gradient_that_is_not_finite_is_refused(
-    tiny_model: Path, tmp_path: Path, phase_folder: PhaseFolder
+    model_copy: Path, tmp_path: Path, phase_folder: PhaseFolder
 ) -> None:
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     name = "model.layers.1.mlp.up_proj.weight"
-    rewrite_tensors(model, lambda tensors: tensors[name].fill_(float("nan")))
-    base = open_model(model, tmp_path / "work")
+    rewrite_tensors(model_copy, lambda tensors: tensors[name].fill_(float("nan")))
+    base = open_model(model_copy, tmp_path / "work")
 
     with pytest.raises(QuantizeError, match=r"layers\.\S+: a gradient is not finite"):
         gradients(base, random_samples(4), phase_folder)

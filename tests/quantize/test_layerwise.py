@@ -1,4 +1,3 @@
-import shutil
 from pathlib import Path
 
 import pytest
@@ -279,12 +278,11 @@ def test_what_is_stored_is_not_computed_again(
     ],
 )
 def test_linears_that_cannot_be_quantized_are_named(
-    tiny_model: Path, tmp_path: Path, tiny_recipe: Recipe, module: str, linears: str
+    model_copy: Path, tmp_path: Path, tiny_recipe: Recipe, module: str, linears: str
 ) -> None:
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     weight = f"model.layers.{module}.weight"
-    rewrite_tensors(model, lambda tensors: tensors[weight].fill_(float("inf")))
-    base = open_model(model, tmp_path / "work")
+    rewrite_tensors(model_copy, lambda tensors: tensors[weight].fill_(float("inf")))
+    base = open_model(model_copy, tmp_path / "work")
     folder = WorkDir(tmp_path / "work").phase("gptq", {})
 
     with pytest.raises(QuantizeError, match=rf"{linears}: the Hessian is not finite"):

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import gguf
@@ -17,20 +16,16 @@ from transformers import (
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
-from tests.builders import rewrite_tensors, truncate
+from tests.builders import remove, rewrite_tensors, truncate
 from tests.conftest import (
     VOCAB_SIZE,
     TinyLlama,
     assert_released,
     is_equal,
-    make_tokenizer,
     open_model,
+    save_model,
+    save_random,
 )
-
-
-@pytest.fixture
-def model_copy(tiny_model: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model, tmp_path / "tiny-1.7B"))
 
 
 @pytest.fixture
@@ -165,7 +160,9 @@ def test_storage_dtype(
 
 
 def test_the_name_is_the_whole_name_of_the_folder(model_copy: Path, work: Path) -> None:
-    assert open_model(model_copy, work).name == "tiny-1.7B"
+    model = model_copy.rename(model_copy.with_name("tiny-1.7B"))
+
+    assert open_model(model, work).name == "tiny-1.7B"
 
 
 def test_the_fingerprint_is_that_of_the_model(model_copy: Path, work: Path) -> None:
@@ -185,7 +182,6 @@ def test_the_fingerprint_is_that_of_the_model(model_copy: Path, work: Path) -> N
 @pytest.fixture
 def mixtral(tmp_path: Path) -> Path:
     """A model that Transformers stores expert by expert, and holds in one tensor."""
-    torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
@@ -195,10 +191,7 @@ def mixtral(tmp_path: Path) -> Path:
         num_key_value_heads=1,
         num_local_experts=2,
     )
-    model = MixtralForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "mixtral")
-    make_tokenizer().save_pretrained(tmp_path / "mixtral")
-    return tmp_path / "mixtral"
+    return save_random(config, tmp_path / "mixtral")
 
 
 def test_a_model_that_is_stored_by_other_names(mixtral: Path, work: Path) -> None:
@@ -297,7 +290,7 @@ def test_truncated_model(model_copy: Path, work: Path) -> None:
 
 
 def test_model_without_a_tensor(model_copy: Path, work: Path) -> None:
-    rewrite_tensors(model_copy, lambda tensors: tensors.pop("lm_head.weight"))
+    rewrite_tensors(model_copy, remove("lm_head.weight"))
 
     with pytest.raises(QuantizeError, match=r"lm_head\.weight .*missing"):
         open_model(model_copy, work)
@@ -349,9 +342,7 @@ def test_buffers_are_read_where_they_were_published(tmp_path: Path) -> None:
     bias = torch.randn(4)
     name = "model.layers.0.mlp.gate.e_score_correction_bias"
     model.get_buffer(name).copy_(bias)
-    model.save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
 
-    base = open_model(tmp_path / "model", tmp_path / "work")
+    base = open_model(save_model(model, tmp_path / "model"), tmp_path / "work")
 
     assert torch.equal(base.model.get_buffer(name), bias)

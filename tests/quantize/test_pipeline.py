@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
-    LlamaForCausalLM,
     MambaConfig,
     PretrainedConfig,
 )
@@ -30,10 +28,10 @@ from tests.conftest import (
     Recorder,
     assert_released,
     contents,
-    make_tokenizer,
     open_model,
     quick,
     run_pipeline,
+    save_random,
 )
 
 
@@ -220,10 +218,8 @@ def test_importing_the_package_is_light() -> None:
 def test_an_architecture_that_is_not_supported_is_refused(
     tiny_recipe: Recipe, tmp_path: Path, config: PretrainedConfig, reason: str
 ) -> None:
-    model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    base = open_model(tmp_path / "model", tmp_path / "work")
+    model = save_random(config, tmp_path / "model", torch.float32)
+    base = open_model(model, tmp_path / "work")
 
     with pytest.raises(QuantizeError, match=reason):
         run_pipeline(base, tiny_recipe, tmp_path / "out", tmp_path / "work")
@@ -259,10 +255,8 @@ def test_depth_costs_no_memory(text_file: Path, tmp_path: Path) -> None:
             num_attention_heads=8,
             max_position_embeddings=128,
         )
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-        model.save_pretrained(tmp_path / f"model{depth}")
-        make_tokenizer().save_pretrained(tmp_path / f"model{depth}")
-        arguments = ["quantize", tmp_path / f"model{depth}", "--recipe", recipe]
+        model = save_random(config, tmp_path / f"model{depth}")
+        arguments = ["quantize", model, "--recipe", recipe]
         arguments += ["--output", tmp_path / f"out{depth}", "--device", "cpu"]
         arguments += ["--calibration", text_file, "--num-samples", 2, "--seq-len", 16]
         result = subprocess.run(

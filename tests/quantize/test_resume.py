@@ -17,7 +17,7 @@ from tacq_vllm.config import Recipe, override_recipe
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
-from tests.builders import truncate
+from tests.builders import quantize_arguments, truncate
 from tests.conftest import (
     Recorder,
     assert_released,
@@ -240,12 +240,11 @@ def test_another_text_finds_nothing(
 
 
 def test_another_model_finds_nothing(
-    tiny_model: Path, recipe: Recipe, work: Path, tmp_path: Path
+    model_copy: Path, recipe: Recipe, work: Path, tmp_path: Path
 ) -> None:
     """Though all its values are the same."""
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    os.utime(model / "model.safetensors", (1, 1))
-    base, recorder = open_model(model, tmp_path / "opened"), Recorder()
+    os.utime(model_copy / "model.safetensors", (1, 1))
+    base, recorder = open_model(model_copy, tmp_path / "opened"), Recorder()
 
     run(base, recipe, work, recorder)
 
@@ -289,29 +288,20 @@ def test_results_that_were_removed_by_hand_are_computed_again(
     assert run(tiny_base, recipe, work) == contents(finished / "out")
 
 
-def tacq_arguments(model: Path, text: Path, output: Path) -> list[str]:
-    options = {
-        "--output": output,
-        "--calibration": text,
-        "--num-samples": 40,
-        "--seq-len": 32,
-        "--group-size": 32,
-        "--device": "cpu",
-    }
-    parts = [part for option in options.items() for part in option]
-    return ["quantize", *map(str, [model, *parts])]
-
-
 @pytest.mark.slow
 def test_a_killed_command_goes_on(
     tiny_model: Path, task_file: Path, tmp_path: Path
 ) -> None:
     """SIGKILL at random moments, without a work folder of the user's."""
     choose = random.Random(0)
-    arguments = tacq_arguments(tiny_model, task_file, tmp_path / "made" / "out")
+
+    def arguments(output: Path) -> list[str]:
+        return quantize_arguments(tiny_model, output, task_file, num_samples=40)
+
+    command = arguments(tmp_path / "made" / "out")
     for _ in range(3):
         process = subprocess.Popen(
-            [Path(sys.executable).parent / "tacq", *arguments],
+            [Path(sys.executable).parent / "tacq", *command],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -328,13 +318,13 @@ def test_a_killed_command_goes_on(
         assert left <= {".out.work", ".out.partial"}
         assert find_faults(tmp_path / "made" / ".out.partial")
 
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(app, command)
 
     assert result.exit_code == 0, result.output
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["out"]
     assert "taken from the work folder" in result.stderr
-    whole = tacq_arguments(tiny_model, task_file, tmp_path / "whole")
-    assert CliRunner().invoke(app, whole).exit_code == 0
+    whole = CliRunner().invoke(app, arguments(tmp_path / "whole"))
+    assert whole.exit_code == 0
     assert contents(tmp_path / "made" / "out") == contents(tmp_path / "whole")
 
 

@@ -16,7 +16,13 @@ from transformers import PreTrainedTokenizerFast
 from tacq_vllm.data.errors import DataError
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.samples import Sample, SampleReader, join_tokens
-from tests.conftest import make_chat_tokenizer, make_text, make_tokenizer
+from tests.conftest import (
+    make_chat_tokenizer,
+    make_text,
+    make_tokenizer,
+    scored_words,
+    words,
+)
 
 CHAT = [
     {"role": "user", "content": "the old river"},
@@ -64,14 +70,6 @@ def read(
 ) -> list[Sample]:
     found = SampleReader(tokenizer, completions_only, data_root, seed).read(source)
     return list(found.samples)
-
-
-def words(tokenizer: PreTrainedTokenizerFast, tokens: torch.Tensor) -> str:
-    return " ".join(tokenizer.convert_ids_to_tokens(tokens.tolist()))
-
-
-def scored_words(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
-    return words(tokenizer, sample.tokens[sample.scored])
 
 
 def test_targets_are_the_next_tokens() -> None:

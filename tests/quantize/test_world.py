@@ -21,6 +21,7 @@ from tacq_vllm.format.linear import PackedLinear, unpack_outliers
 from tacq_vllm.format.validation import find_faults, load_linear
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.world import World, open_world
+from tests.builders import quantize_arguments
 
 
 def torchrun(
@@ -150,19 +151,15 @@ def runs(
     recipe.write_text("gptq: {activation_order: false}\n")
 
     def arguments(name: str) -> list[str]:
-        options = {
-            "--recipe": recipe,
-            "--output": folder / name,
-            "--work-dir": folder / f"work-{name}",
-            "--calibration": task_file,
-            "--num-samples": 20,
-            "--seq-len": 32,
-            "--group-size": 32,
-            "--outlier-ratio": 0.05,
-            "--device": "cpu",
-        }
-        parts = [part for option in options.items() for part in option]
-        return ["quantize", *map(str, [tiny_model, *parts])]
+        return quantize_arguments(
+            tiny_model,
+            folder / name,
+            task_file,
+            recipe=recipe,
+            work_dir=folder / f"work-{name}",
+            num_samples=20,
+            outlier_ratio=0.05,
+        )
 
     one = CliRunner().invoke(app, arguments("one"))
     assert one.exit_code == 0, one.output
@@ -250,11 +247,11 @@ def test_nothing_of_the_passes_stays_in_the_work_folder(runs: Runs) -> None:
 def test_more_processes_than_samples_are_refused(
     tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    options = f"--output {tmp_path}/out --num-samples 1 --seq-len 32 --device cpu"
-    arguments = ["quantize", tiny_model, "--calibration", text_file, *options.split()]
+    output = tmp_path / "out"
+    arguments = quantize_arguments(tiny_model, output, text_file, num_samples=1)
 
     result = torchrun(2, RECORDED_RUN, tmp_path, *arguments)
 
     assert result.returncode != 0
     assert "tacq: 2 processes share 1 calibration samples: start" in result.stderr
-    assert not (tmp_path / "out").exists()
+    assert not output.exists()
