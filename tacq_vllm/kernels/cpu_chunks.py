@@ -1,8 +1,10 @@
-"""LLVM code that unpacks a chunk of a packed row into bytes, and its grid into lanes.
+"""LLVM code that unpacks chunks of a packed row into bytes, and their grid into lanes.
 
-64 bytes of a row's low plane hold the codes of a chunk of columns. Shifted and masked
-where they are, they make vectors of 64 codes, one of every fourth column (4 bits: of
-every second). A lane of 32 bits lies inside one group.
+Codes of 256 columns, shifted and masked where they are, make four vectors of 64 bytes:
+vector k holds the columns k, k + 4, k + 8, …, so that each lane of 32 bits has 16
+neighbouring columns. Where groups are larger, lanes of four such sets may be exchanged
+until each has 64 neighbouring columns, so that integers are summed for longer. A lane
+lies inside one group.
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,6 @@ from typing import Any
 import torch
 from llvmlite import ir
 
-from tacq_vllm.format.packing import PLANE_WIDTHS
 from tacq_vllm.kernels.cpu_ir import (
     FLOATS,
     I8,
@@ -26,15 +27,21 @@ from tacq_vllm.kernels.cpu_ir import (
     same,
     splat,
 )
-from tacq_vllm.kernels.cpu_rounding import chunk_columns
 from tacq_vllm.kernels.cpu_rows import PackedRow, load_grid
 
+_SET = 256
+"""Columns that are unpacked at once."""
 
-def supports_groups(bits: int, group_size: int, in_features: int) -> bool:
+
+def supports_groups(group_size: int, in_features: int) -> bool:
     """Whether a group and a chunk divide one another, or a row is one group."""
-    chunk = chunk_columns(bits)
     whole = group_size == in_features
-    return whole or chunk % group_size == 0 or group_size % chunk == 0
+    return whole or _SET % group_size == 0 or group_size % _SET == 0
+
+
+def lane_columns(group_size: int, in_features: int) -> int:
+    """The most columns that a lane may have."""
+    return 64 if group_size % 64 == 0 and in_features % 64 == 0 else 16
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,18 @@ class ChunkReader:
     group_size: int
     """Columns of a group; 0: the whole row."""
 
+    span: int
+    """Columns of a lane: 16 or 64."""
+
     @property
     def columns(self) -> int:
-        """Columns of a chunk."""
-        return chunk_columns(self.bits)
+        """Columns of a chunk: of all lanes of a vector."""
+        return LANES * self.span
+
+    @property
+    def vectors(self) -> int:
+        """Vectors of bytes that a chunk makes."""
+        return self.span // 4
 
     @property
     def groups(self) -> int:
@@ -59,7 +74,7 @@ class ChunkReader:
         return self.columns // self.group_size
 
     def codes(self, builder: Any, row: PackedRow, index: Any, rest: Any) -> list[Any]:
-        """The codes of a chunk, one per byte: four vectors of 64, of 4 bits two.
+        """The codes of a chunk, one per byte.
 
         Args:
             builder: what appends instructions.
@@ -67,35 +82,44 @@ class ChunkReader:
             index: the chunk's number.
             rest: how many of its columns exist; None: all.
         """
-        width = PLANE_WIDTHS[self.bits][0]
-        low = _plane(builder, row.low, index, rest, LANES, width)
-        mask = same(WORDS, 0x01010101 * ((1 << width) - 1))
-        codes = [
-            builder.and_(_shifted(builder, low, shift), mask)
-            for shift in range(0, 8, width)
+        count = self.columns // _SET
+        if count == 1:
+            return self._set(builder, row, index, rest)
+        sets = []
+        for number in range(count):
+            place = builder.add(builder.mul(index, I64(count)), I64(number))
+            part = None if rest is None else _clamp(builder, rest, number * _SET)
+            sets.append(self._set(builder, row, place, part))
+        # Lane 4 g + q of set c goes to lane 4 c + g of the vectors of quarter q.
+        return [
+            _exchange(builder, [codes[number] for codes in sets], quarter)
+            for quarter in range(4)
+            for number in range(4)
         ]
-        if self.bits != 3:
+
+    def _set(self, builder: Any, row: PackedRow, index: Any, rest: Any) -> list[Any]:
+        """The codes of 256 columns: four vectors."""
+        if self.bits == 4:
+            return _nibbles(builder, _plane(builder, row.low, index, rest, 4))
+        low = _plane(builder, row.low, index, rest, 2)
+        codes = [_field(builder, low, shift, 0x03) for shift in (0, 2, 4, 6)]
+        if self.bits == 2:
             return codes
         # Four columns' high bits to a byte, as the low plane has their codes.
-        high = _plane(builder, row.high, index, rest, LANES // 2, 1)
+        high = _plane(builder, row.high, index, rest, 1)
         halves = ir.VectorType(I16, 32)
         wide = builder.zext(builder.bitcast(high, ir.VectorType(I8, 32)), halves)
         spread = builder.or_(wide, builder.shl(wide, same(halves, 4)))
         nibbles = builder.bitcast(spread, WORDS)
         return [
-            builder.or_(
-                code,
-                builder.and_(
-                    _shifted(builder, nibbles, number - 2), same(WORDS, 0x04040404)
-                ),
-            )
+            builder.or_(code, _field(builder, nibbles, number - 2, 0x04))
             for number, code in enumerate(codes)
         ]
 
     def grid(
         self, builder: Any, row: PackedRow, index: Any, rest: Any
     ) -> tuple[Any, Any]:
-        """Scale and zero-point of every lane of a chunk, as floats."""
+        """Of every lane of a chunk: the scale, a float, and the zero-point, a word."""
         count = self.groups
         if count == 0:
             group = I64(0)
@@ -116,20 +140,53 @@ class ChunkReader:
                 return _some(builder, base, first, ir.VectorType(kind, count), valid)
 
         scale, zero = load_grid(builder, row, self.bits, self.dtype, load)
-        floats = builder.uitofp(zero, scale.type)
-        return _to_lanes(builder, scale), _to_lanes(builder, floats)
+        return _to_lanes(builder, scale, FLOATS), _to_lanes(builder, zero, WORDS)
 
 
-def _plane(
-    builder: Any, base: Any, index: Any, rest: Any, words: int, width: int
-) -> Any:
+def _clamp(builder: Any, rest: Any, first: int) -> Any:
+    """How many columns of a set that begins at column `first` exist."""
+    end = builder.select(
+        builder.icmp_unsigned("<", rest, I64(first + _SET)), rest, I64(first + _SET)
+    )
+    begins = builder.icmp_unsigned(">", rest, I64(first))
+    return builder.select(begins, builder.sub(end, I64(first)), I64(0))
+
+
+def _exchange(builder: Any, vectors: list[Any], quarter: int) -> Any:
+    """Every fourth lane of four vectors, from lane `quarter` on."""
+    halves = [
+        builder.shuffle_vector(
+            *pair,
+            ir.Constant(ir.VectorType(I32, 8), [*range(quarter, 2 * LANES, 4)]),
+        )
+        for pair in (vectors[:2], vectors[2:])
+    ]
+    order = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+    return builder.shuffle_vector(*halves, order)
+
+
+def _plane(builder: Any, base: Any, index: Any, rest: Any, width: int) -> Any:
     """The words of one plane of a chunk; those after the row's end are zero."""
-    kind = ir.VectorType(I32, words)
+    kind = ir.VectorType(I32, _SET * width // 32)
     if rest is None:
         return at(builder, base, index, kind)
     valid = builder.udiv(builder.mul(rest, I64(width)), I64(32))
-    place = builder.add(base, builder.mul(index, I64(words * 4)))
+    place = builder.add(base, builder.mul(index, I64(4 * kind.count)))
     return load_some(builder, place, kind, valid)
+
+
+def _nibbles(builder: Any, words: Any) -> list[Any]:
+    """Codes of 4 bits: those of even and odd bytes go to different vectors."""
+    halves, kept = ir.VectorType(I16, 64), ir.VectorType(I8, 64)
+    pairs = builder.bitcast(words, halves)
+    even, odd = (
+        builder.bitcast(builder.trunc(part, kept), WORDS)
+        for part in (pairs, builder.lshr(pairs, same(halves, 8)))
+    )
+    return [
+        _field(builder, part, shift, 0x0F)
+        for part, shift in ((even, 0), (even, 4), (odd, 0), (odd, 4))
+    ]
 
 
 def _some(builder: Any, base: Any, first: Any, kind: Any, valid: Any) -> Any:
@@ -141,17 +198,17 @@ def _some(builder: Any, base: Any, first: Any, kind: Any, valid: Any) -> Any:
     return load_some(builder, place, kind, valid)
 
 
-def _shifted(builder: Any, words: Any, count: int) -> Any:
-    """Words shifted to the right, or by a negative count to the left."""
-    if count == 0:
-        return words
-    shift = builder.lshr if count > 0 else builder.shl
-    return shift(words, same(words.type, abs(count)))
+def _field(builder: Any, words: Any, shift: int, mask: int) -> Any:
+    """Bytes shifted to the right, or by a negative count to the left, and masked."""
+    if shift:
+        move = builder.lshr if shift > 0 else builder.shl
+        words = move(words, same(words.type, abs(shift)))
+    return builder.and_(words, same(words.type, 0x01010101 * mask))
 
 
-def _to_lanes(builder: Any, value: Any) -> Any:
-    """Spread a float, or the elements of a vector, over the lanes."""
+def _to_lanes(builder: Any, value: Any, kind: Any) -> Any:
+    """Spread a number, or the elements of a vector, over the lanes."""
     if not isinstance(value.type, ir.VectorType):
-        return splat(builder, value, FLOATS)
+        return splat(builder, value, kind)
     count = value.type.count
     return pick(builder, value, [lane * count // LANES for lane in range(LANES)])

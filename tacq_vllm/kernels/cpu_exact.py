@@ -27,7 +27,7 @@ from tacq_vllm.kernels.cpu_ir import (
     Team,
     add_product,
     at,
-    lane_sum,
+    lane_sums,
     multiply_add,
     pick,
     put,
@@ -145,8 +145,9 @@ def _row_dot(bits: int, dtype: torch.dtype, tokens: int) -> Any:
                 builder.add(out, builder.mul(out_stride, I64(token)))
                 for token in range(tokens)
             ]
-            for target, total in zip(targets, sums, strict=True):
-                put(builder, target, lane_sum(builder, builder.load(total)))
+            totals = lane_sums(builder, [builder.load(total) for total in sums])
+            for token, target in enumerate(targets):
+                put(builder, target, builder.extract_element(totals, I32(token)))
             with each_outlier(builder, row, dtype) as (column, value):
                 for line, target in zip(lines, targets, strict=True):
                     total = at(builder, target, I64(0), F32)

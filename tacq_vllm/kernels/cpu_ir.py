@@ -7,7 +7,9 @@ from typing import Any
 import numba
 import torch
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 LANES = 16
 """Lanes of a vector of 32-bit values."""
@@ -118,13 +120,61 @@ def add_product(builder: Any, slot: Any, a: Any, b: Any) -> None:
     builder.store(multiply_add(builder, a, b, builder.load(slot)), slot)
 
 
-def lane_sum(builder: Any, vector: Any) -> Any:
-    """The sum of the lanes of a vector of floats, in any order."""
-    kind = ir.FunctionType(F32, [F32, FLOATS])
-    function = cgutils.get_or_insert_function(
-        builder.module, kind, "llvm.vector.reduce.fadd.v16f32"
-    )
-    return builder.call(function, [F32(0.0), vector], fastmath=("reassoc",))
+def sum_slots(builder: Any, places: list[Any], first: Any) -> list[Any]:
+    """Vectors of sums in registers: from memory, or zero where `first` is zero."""
+    slots = [zeroed(builder) for _ in places]
+    with builder.if_then(builder.icmp_unsigned("!=", first, I64(0))):
+        for place, slot in zip(places, slots, strict=True):
+            builder.store(at(builder, place, I64(0), FLOATS), slot)
+    return slots
+
+
+def lane_sums(builder: Any, vectors: list[Any]) -> Any:
+    """The sum of the lanes of each of 1, 2, 4, 8 or 16 vectors, as one vector.
+
+    Neighbours are added first, whatever the number of vectors.
+    """
+    count = len(vectors)
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [_neighbour_sums(builder, *pair) for pair in pairs]
+    (vector,) = vectors
+    while vector.type.count > count:
+        halves = [
+            pick(builder, vector, list(range(start, vector.type.count, 2)))
+            for start in (0, 1)
+        ]
+        vector = builder.fadd(*halves)
+    return vector
+
+
+def _neighbour_sums(builder: Any, a: Any, b: Any) -> Any:
+    """Sums of neighbouring lanes of a, then of b."""
+    order = ir.VectorType(I32, LANES)
+    halves = [
+        builder.shuffle_vector(
+            a, b, ir.Constant(order, list(range(start, 2 * LANES, 2)))
+        )
+        for start in (0, 1)
+    ]
+    return builder.fadd(*halves)
+
+
+def reserver(size: int) -> Any:
+    """Intrinsic: the address of `size` bytes on the stack."""
+
+    @intrinsic
+    def reserve(typing_context):
+        def codegen(context, builder, signature, arguments):
+            # numba's own helper would fill it with zeros, byte by byte.
+            with builder.goto_entry_block():
+                memory = builder.alloca(I8, size)
+            memory.align = 64
+            return builder.ptrtoint(memory, I64)
+
+        return types.int64(), codegen
+
+    return reserve
 
 
 def to_float(builder: Any, bits: Any, dtype: torch.dtype) -> Any:

@@ -24,20 +24,27 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.kernels import cpu_exact, cpu_int8
-from tacq_vllm.kernels.cpu_chunks import supports_groups
+from tacq_vllm.kernels.cpu_chunks import lane_columns, supports_groups
 from tacq_vllm.kernels.cpu_dots import best_dot
+from tacq_vllm.kernels.cpu_exact import compile_dequantize, compile_linear
+from tacq_vllm.kernels.cpu_int8_gemm import OFFSET, OUT_TILE, TILE, compile_gemm
+from tacq_vllm.kernels.cpu_int8_gemv import SPAN as GEMV_SPAN
+from tacq_vllm.kernels.cpu_int8_gemv import compile_gemv
 from tacq_vllm.kernels.cpu_ir import LANES
-from tacq_vllm.kernels.cpu_rounding import BLOCK, chunk_columns, compile_rounding
+from tacq_vllm.kernels.cpu_rounding import block_columns, compile_rounding
 from tacq_vllm.kernels.openmp import OpenMP, find_openmp
 from tacq_vllm.kernels.reference import BLOCK_WEIGHTS
 
 ACTIVATIONS_VARIABLE = "TACQ_CPU_ACTIVATIONS"
 
 MAX_FUSED_TOKENS = 8
-"""Rows of x up to which weights are multiplied in registers, without a buffer."""
+"""Rows of x up to which the exact kernel multiplies weights in registers."""
 
-_TOKEN_COUNTS = (1, 2, 4, MAX_FUSED_TOKENS)
+MAX_GEMV_TOKENS = 4
+"""Rows of x up to which the int8 kernel does."""
+
+_TOKEN_COUNTS = (1, 2, 4, 8)
+"""Rows of x for which there are kernels; those between are filled up with zeros."""
 
 
 def available() -> bool:
@@ -51,7 +58,7 @@ def supports(x: Tensor, packed: PackedLinear) -> bool:
         x.device.type == "cpu"
         and x.numel() > 0
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and packed.in_features % BLOCK == 0
+        and packed.in_features % 32 == 0
         and all(tensor.is_contiguous() for tensor in packed.tensors().values())
     )
 
@@ -73,9 +80,13 @@ def warm_up(packed: PackedLinear, x_dtype: torch.dtype) -> None:
     """Compile the kernels for weights like these, so that no request waits for it."""
     bits, dtype = packed.bits, packed.scales.dtype
     if _rounds(x_dtype, packed):
-        _int8_rounding(bits)
+        span = lane_columns(packed.group_size, packed.in_features)
+        _rounding(0, GEMV_SPAN, block_columns(span))
+        _rounding(OFFSET, span, block_columns(span))
+        _gemm(*_kind(packed), span)
         for tokens in _TOKEN_COUNTS:
-            _int8_linear(bits, dtype, _group_size(packed), tokens, best_dot())
+            if tokens <= MAX_GEMV_TOKENS:
+                _gemv(*_kind(packed), tokens)
     else:
         _exact_dequantize(bits, dtype)
         for tokens in _TOKEN_COUNTS:
@@ -84,62 +95,96 @@ def warm_up(packed: PackedLinear, x_dtype: torch.dtype) -> None:
 
 def _rounded(x: Tensor, packed: PackedLinear) -> Tensor:
     """The product with x in 8 bits: float32 [tokens, out]."""
-    count, columns = x.shape
-    whole = count // MAX_FUSED_TOKENS * MAX_FUSED_TOKENS
-    rest = _tile(count - whole) if count > whole else 0
-    x = _with_rows(x, whole + rest)
-    chunks = -(-columns // chunk_columns(packed.bits))
-    # What lies behind the last column stays zero.
-    codes = torch.zeros(
-        x.shape[0], chunks * chunk_columns(packed.bits), dtype=torch.int8
+    few = x.shape[0] <= MAX_GEMV_TOKENS
+    return (_few_rounded if few else _many_rounded)(x, packed)
+
+
+def _few_rounded(x: Tensor, packed: PackedLinear) -> Tensor:
+    """The product with few rows of x in 8 bits: float32 [tokens, out]."""
+    tile = _tile(x.shape[0])
+    padded = _with_rows(x, tile)
+    codes, scales, sums = _round(padded, packed, GEMV_SPAN, tile, 0)
+    columns_first = padded.T.contiguous()
+    out = torch.empty(tile, packed.out_features)
+    _openmp().run(
+        _gemv(*_kind(packed), tile),
+        (
+            *_addresses(packed),
+            columns_first.data_ptr(),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            sums.data_ptr(),
+            out.data_ptr(),
+            *_sizes(packed, codes.shape[1]),
+        ),
     )
-    scales, sums = torch.zeros(2, x.shape[0], chunks * LANES)
-    openmp = _openmp()
-    openmp.run(
-        _int8_rounding(packed.bits),
+    return out[: x.shape[0]]
+
+
+def _many_rounded(x: Tensor, packed: PackedLinear) -> Tensor:
+    """The product with many rows of x in 8 bits: float32 [tokens, out]."""
+    count, columns = x.shape
+    span = lane_columns(packed.group_size, columns)
+    padded = _with_rows(x, -(-count // OUT_TILE) * OUT_TILE)
+    tokens = -(-count // TILE) * TILE
+    codes, scales, _ = _round(padded[:tokens], packed, span, TILE, OFFSET)
+    tiles = padded.view(-1, OUT_TILE, columns).transpose(1, 2).contiguous()
+    out = torch.empty(padded.shape[0], packed.out_features)
+    _openmp().run(
+        _gemm(*_kind(packed), span),
+        (
+            *_addresses(packed),
+            tiles.data_ptr(),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            out.data_ptr(),
+            tokens,
+            *_sizes(packed, codes.shape[1]),
+        ),
+    )
+    return out[:count]
+
+
+def _round(
+    x: Tensor, packed: PackedLinear, span: int, tile: int, offset: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round x to 8 bits: codes, scales and sums, a row for each token and chunk."""
+    tokens, columns = x.shape
+    shape = tokens, -(-columns // (LANES * span))
+    codes = torch.empty(*shape, LANES * span, dtype=torch.int8)
+    # What lies behind the last column has the scale 0.
+    whole = columns % (LANES * span) == 0
+    scales = (torch.empty if whole else torch.zeros)(*shape, LANES)
+    sums = torch.empty(*shape, LANES, dtype=torch.int32)
+    block = block_columns(lane_columns(packed.group_size, columns))
+    _openmp().run(
+        _rounding(offset, span, block),
         (
             x.data_ptr(),
             codes.data_ptr(),
             scales.data_ptr(),
             sums.data_ptr(),
             columns,
-            chunks,
+            shape[1],
+            tile,
             0,
-            x.shape[0],
+            tokens,
         ),
     )
-    out = torch.empty(x.shape[0], packed.out_features)
-    for first, last, tile in (
-        (0, whole, MAX_FUSED_TOKENS),
-        (whole, whole + rest, rest),
-    ):
-        if first < last:
-            tiles = x[first:last].view(-1, tile, columns).transpose(1, 2).contiguous()
-            openmp.run(
-                _int8_linear(
-                    packed.bits,
-                    packed.scales.dtype,
-                    _group_size(packed),
-                    tile,
-                    best_dot(),
-                ),
-                (
-                    *_addresses(packed),
-                    tiles.data_ptr(),
-                    codes[first].data_ptr(),
-                    scales[first].data_ptr(),
-                    sums[first].data_ptr(),
-                    out[first].data_ptr(),
-                    last - first,
-                    columns,
-                    chunks,
-                    columns // packed.group_size,
-                    packed.out_features,
-                    0,
-                    packed.out_features,
-                ),
-            )
-    return out[:count]
+    return codes, scales, sums
+
+
+def _sizes(packed: PackedLinear, chunks: int) -> tuple[int, ...]:
+    """What the int8 kernels are told of the weight's shape."""
+    rows, columns = packed.out_features, packed.in_features
+    return columns, chunks, columns // packed.group_size, rows, 0, rows
+
+
+def _kind(packed: PackedLinear) -> tuple[int, torch.dtype, int, str]:
+    """What the int8 kernels are compiled for; a group of 0 columns is the row."""
+    whole = packed.group_size == packed.in_features
+    group_size = 0 if whole else packed.group_size
+    return packed.bits, packed.scales.dtype, group_size, best_dot()
 
 
 def _fused(x: Tensor, packed: PackedLinear) -> Tensor:
@@ -206,18 +251,12 @@ def _with_rows(x: Tensor, count: int) -> Tensor:
     return x if missing == 0 else torch.cat((x, x.new_zeros(missing, x.shape[1])))
 
 
-def _group_size(packed: PackedLinear) -> int:
-    """Columns of a group as kernels are compiled for them; 0: the whole row."""
-    whole = packed.group_size == packed.in_features
-    return 0 if whole else packed.group_size
-
-
 def _rounds(x_dtype: torch.dtype, packed: PackedLinear) -> bool:
     """Whether x is rounded to 8 bits."""
     return (
         x_dtype != torch.float32
         and activations() == "int8"
-        and supports_groups(packed.bits, packed.group_size, packed.in_features)
+        and supports_groups(packed.group_size, packed.in_features)
     )
 
 
@@ -238,21 +277,24 @@ def _openmp() -> OpenMP:
 
 @functools.cache
 def _exact_linear(bits: int, dtype: torch.dtype, tokens: int) -> Any:
-    return cpu_exact.compile_linear(bits, dtype, tokens, _openmp().team)
+    return compile_linear(bits, dtype, tokens, _openmp().team)
 
 
 @functools.cache
 def _exact_dequantize(bits: int, dtype: torch.dtype) -> Any:
-    return cpu_exact.compile_dequantize(bits, dtype, _openmp().team)
+    return compile_dequantize(bits, dtype, _openmp().team)
 
 
 @functools.cache
-def _int8_rounding(bits: int) -> Any:
-    return compile_rounding(bits, _openmp().team)
+def _rounding(offset: int, span: int, block: int) -> Any:
+    return compile_rounding(offset, span, block, _openmp().team)
 
 
 @functools.cache
-def _int8_linear(
-    bits: int, dtype: torch.dtype, group_size: int, tokens: int, dot: str
-) -> Any:
-    return cpu_int8.compile_linear(bits, dtype, group_size, tokens, dot, _openmp().team)
+def _gemv(bits: int, dtype: torch.dtype, group_size: int, dot: str, tile: int) -> Any:
+    return compile_gemv(bits, dtype, group_size, tile, dot, _openmp().team)
+
+
+@functools.cache
+def _gemm(bits: int, dtype: torch.dtype, group_size: int, dot: str, span: int) -> Any:
+    return compile_gemm(bits, dtype, group_size, span, dot, _openmp().team)

@@ -12,7 +12,17 @@ from numba import types
 from numba.core import cgutils
 
 from tacq_vllm.format.packing import PLANE_WIDTHS
-from tacq_vllm.kernels.cpu_ir import I16, I32, I64, at, same, splat, to_float
+from tacq_vllm.kernels.cpu_ir import (
+    F32,
+    I16,
+    I32,
+    I64,
+    add_product,
+    at,
+    same,
+    splat,
+    to_float,
+)
 
 ADDRESSES = (
     "qweight",
@@ -107,6 +117,19 @@ def each_outlier(
         column = builder.zext(builder.and_(entry, I32(0xFFFF)), I64)
         stored = builder.trunc(builder.lshr(entry, I32(16)), I16)
         yield column, to_float(builder, stored, dtype)
+
+
+def outlier_products(
+    builder: Any, row: PackedRow, x: Any, tokens: int, dtype: torch.dtype
+) -> Any:
+    """A row's kept weights times x, float32 [in, tokens] at an address: a vector."""
+    kind = ir.VectorType(F32, tokens)
+    slot = cgutils.alloca_once(builder, kind)
+    builder.store(same(kind, 0), slot)
+    with each_outlier(builder, row, dtype) as (column, value):
+        values = at(builder, x, column, kind)
+        add_product(builder, slot, splat(builder, value, kind), values)
+    return builder.load(slot)
 
 
 def _field(builder: Any, words: Any, shift: Any, width: int) -> Any:
