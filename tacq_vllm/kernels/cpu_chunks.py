@@ -24,10 +24,14 @@ from tacq_vllm.kernels.cpu_ir import (
     at,
     load_some,
     pick,
+    prefetch,
     same,
     splat,
 )
 from tacq_vllm.kernels.cpu_rows import PackedRow, load_grid
+
+_AHEAD = 1024
+"""Bytes by which memory is asked for before a plane of 1 bit is read."""
 
 _SET = 256
 """Columns that are unpacked at once."""
@@ -168,10 +172,12 @@ def _exchange(builder: Any, vectors: list[Any], quarter: int) -> Any:
 def _plane(builder: Any, base: Any, index: Any, rest: Any, width: int) -> Any:
     """The words of one plane of a chunk; those after the row's end are zero."""
     kind = ir.VectorType(I32, _SET * width // 32)
-    if rest is None:
-        return at(builder, base, index, kind)
-    valid = builder.udiv(builder.mul(rest, I64(width)), I64(32))
     place = builder.add(base, builder.mul(index, I64(4 * kind.count)))
+    if rest is None:
+        for line in range(0, 4 * kind.count, 64):
+            prefetch(builder, builder.add(place, I64(_AHEAD * width + line)))
+        return at(builder, place, I64(0), kind)
+    valid = builder.udiv(builder.mul(rest, I64(width)), I64(32))
     return load_some(builder, place, kind, valid)
 
 

@@ -45,8 +45,8 @@ SPAN = 16
 _ROWS = 16
 """Rows of the weight that pass by a part of x while that is in the first cache."""
 
-_CHUNKS = 16
-"""Chunks of such a part."""
+_CHUNKS = 64
+"""Chunks of such a part, divided by the number of tokens."""
 
 ARGUMENTS = (
     *ADDRESSES,
@@ -87,7 +87,7 @@ def compile_gemv(
     """
     reader = ChunkReader(bits, dtype, group_size, SPAN)
     share, row_at = row_sharer(team, ARGUMENTS), row_finder(bits)
-    size, width = tokens * LANES * 4, reader.columns
+    size, width, part = tokens * LANES * 4, reader.columns, _CHUNKS // tokens
     reserve = reserver(_ROWS * size)
     add_chunks = _add_chunks(reader, tokens, dot)
     finish = _finish(reader, tokens, dot)
@@ -103,8 +103,8 @@ def compile_gemv(
         sums = reserve()
         for first in range(start, stop, _ROWS):
             last = min(first + _ROWS, stop)
-            for chunk in range(0, whole, _CHUNKS):
-                end = min(chunk + _CHUNKS, whole)
+            for chunk in range(0, whole, part):
+                end = min(chunk + part, whole)
                 for row in range(first, last):
                     packed = row_at(a, row, columns, groups, rows)
                     add_chunks(packed, tile, chunk, end, sums + (row - first) * size)

@@ -74,6 +74,15 @@ def load_some(builder: Any, base: Any, kind: Any, valid: Any) -> Any:
     return call(builder, name, kind, arguments)
 
 
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for the line of memory at an address, which need not exist."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, everywhere, data = I32(0), I32(3), I32(1)
+    builder.call(function, [pointer, read, everywhere, data])
+
+
 def call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     """Call one of LLVM's own functions."""
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
