@@ -1,20 +1,24 @@
-"""Time the quantized linear beside PyTorch's 16-bit one.
+"""Time the quantized linear beside PyTorch's 16-bit one, and its 4-bit one on CPUs.
 
     python benchmarks/kernels.py [--threads N] [--shapes smollm2,llama3-8b] [--m 1,8]
 
-Copies of each weight rotate, so that no cache flatters anyone, and the kept weights sit
-as a real TaCQ mask has them: half of the rows empty, a few rows with hundreds. Writes
-benchmarks/results/latest.json and prints a Markdown table.
+All kernels of a shape take turns in short bursts, so that what else the machine does
+hits them alike. Copies of each weight rotate, so that no cache flatters anyone, and the
+kept weights sit as a real TaCQ mask has them: half of the rows empty, a few rows with
+hundreds. Writes a JSON list and prints a Markdown table.
 """
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,7 +26,8 @@ from torch.nn.functional import linear
 
 from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import select_outliers
-from tacq_vllm.kernels.ops import prepare, quantized_linear
+from tacq_vllm.kernels import cpu_linear
+from tacq_vllm.kernels.ops import quantized_linear
 from tacq_vllm.kernels.reference import dequantize
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"
@@ -33,7 +38,31 @@ SHAPES = {
 }
 OUTLIER_RATIO = 0.0035
 ROTATED_BYTES = 128 << 20
+BURST = 6
 MIN_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to multiply with one weight, of which there are copies."""
+
+    name: str
+    bits: int
+    group_size: int
+    weights: list[Any]
+    multiply: Callable[[Tensor, Any], Tensor]
+    dense: Tensor
+    """The weight's value, float32 [n, k]."""
+
+    nbytes: int
+    """Bytes of one copy."""
+
+    activations: str = ""
+    """What our kernel makes of x."""
+
+    def chosen(self) -> AbstractContextManager[object]:
+        """Where `multiply` is this kernel."""
+        return patch.object(cpu_linear, "activations", lambda: self.activations)
 
 
 def main() -> None:
@@ -41,115 +70,149 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--m", default="1,8,16,64,256")
+    parser.add_argument("--m", default="1,8,16,64,256,2048")
     parser.add_argument("--bits", default="2,3,4")
     parser.add_argument("--group-sizes", default="64,-1")
+    parser.add_argument("--activations", default="int8,exact")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
     bandwidth = read_bandwidth()
-    rows = []
-    for family in arguments.shapes.split(","):
-        for n, k in SHAPES[family]:
-            for m in map(int, arguments.m.split(",")):
-                rows += run_shape(
-                    m,
-                    n,
-                    k,
-                    [int(bits) for bits in arguments.bits.split(",")],
-                    [int(size) for size in arguments.group_sizes.split(",")],
-                    bandwidth,
+    device = {"device": f"{cpu_name()}, {arguments.threads} threads"}
+    rows: list[dict[str, Any]] = []
+    for n, k in (nk for name in arguments.shapes.split(",") for nk in SHAPES[name]):
+        kernels = [
+            *sixteen_bit_kernels(n, k),
+            *(
+                kernel
+                for size in map(int, arguments.group_sizes.split(","))
+                for bits in map(int, arguments.bits.split(","))
+                for kernel in packed_kernels(
+                    n, k, bits, size, arguments.activations.split(",")
                 )
-    device = f"{cpu_name()}, {arguments.threads} threads"
-    rows = [{"device": device, **row} for row in rows]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-    print_table(device, bandwidth, rows)
+            ),
+            torch_int4_kernel(n, k, 64),
+        ]
+        for m in map(int, arguments.m.split(",")):
+            for row in time_kernels(kernels, m, n, k, bandwidth):
+                rows.append(device | row)
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"{device['device']}; reads {bandwidth / 1e9:.1f} GB/s;", end=" ")
+    print(f"torch {torch.__version__}\n")
+    print_table(rows)
 
 
-def run_shape(
-    m: int, n: int, k: int, bits: list[int], group_sizes: list[int], bandwidth: float
-) -> Iterator[dict[str, object]]:
-    """Time one product [m, k] x [k, n] in every format."""
-    x = torch.randn(m, k, dtype=torch.bfloat16)
-    count = max(2, ROTATED_BYTES // (2 * n * k))
-    weights = [torch.randn(n, k, dtype=torch.bfloat16) for _ in range(count)]
-    baseline = math.inf
-    kernels: list[tuple[str, Callable[[Tensor], Tensor]]] = [
-        ("torch_linear_bf16", lambda weight: linear(x, weight))
+def sixteen_bit_kernels(n: int, k: int) -> Iterator[Kernel]:
+    """PyTorch's products in bfloat16."""
+    weights = [
+        torch.randn(n, k, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))
     ]
-    if m == 1:
-        kernels.append(("torch_mv_bf16", lambda weight: torch.mv(weight, x[0])))
-    for name, kernel in kernels:
-        seconds = time_rotating(kernel, weights)
-        baseline = min(baseline, seconds)
-        yield row(name, 16, 0, (m, n, k), seconds, seconds, 2 * n * k, bandwidth, 0.0)
-    del weights
-    for width in bits:
-        for group_size in group_sizes:
-            packed = random_packed(width, n, k, group_size)
-            prepare(packed, x.dtype)
-            nbytes = sum(t.nbytes for t in packed.tensors().values())
-            copies = [clone(packed) for _ in range(max(2, ROTATED_BYTES // nbytes))]
-            seconds = time_rotating(lambda p: quantized_linear(x, p, None), copies)
-            exact = x.double() @ dequantize(packed).double().T
-            error = quantized_linear(x, packed, None).double() - exact
-            yield row(
-                "tacq_linear",
-                width,
-                group_size,
-                (m, n, k),
-                seconds,
-                baseline,
-                nbytes,
-                bandwidth,
-                float(error.norm() / exact.norm()),
-            )
+
+    def kernel(name: str, multiply: Callable[[Tensor, Any], Tensor]) -> Kernel:
+        dense = weights[0].float()
+        return Kernel(name, 16, 0, weights, multiply, dense, 2 * n * k)
+
+    yield kernel("torch_linear_bf16", linear)
+    yield kernel("torch_mv_bf16", lambda x, weight: torch.mv(weight, x[0])[None])
 
 
-def row(
-    kernel: str,
-    bits: int,
-    group_size: int,
-    shape: tuple[int, int, int],
-    seconds: float,
-    baseline: float,
-    nbytes: int,
-    bandwidth: float,
-    error: float,
-) -> dict[str, object]:
-    """One result."""
-    m, n, k = shape
-    return {
-        "kernel": kernel,
-        "bits": bits,
-        "group_size": group_size,
-        "m": m,
-        "n": n,
-        "k": k,
-        "us": round(seconds * 1e6, 1),
-        "ratio_to_16bit": round(baseline / seconds, 2),
-        "bandwidth_share": round(nbytes / seconds / bandwidth, 3),
-        "rel_error": float(f"{error:.1e}"),
-    }
+def packed_kernels(
+    n: int, k: int, bits: int, group_size: int, activations: list[str]
+) -> Iterator[Kernel]:
+    """Ours, one for each treatment of x."""
+    packed = random_packed(bits, n, k, group_size)
+    nbytes = sum(tensor.nbytes for tensor in packed.tensors().values())
+    weights = [clone(packed) for _ in range(copies(nbytes))]
+    dense = dequantize(packed).float()
+
+    def multiply(x: Tensor, weight: Any) -> Tensor:
+        return quantized_linear(x, weight, None)
+
+    for chosen in activations:
+        name = f"tacq_{chosen}"
+        yield Kernel(name, bits, group_size, weights, multiply, dense, nbytes, chosen)
 
 
-def time_rotating(run: Callable[..., Tensor], weights: list[object]) -> float:
-    """Median seconds of a call, each on another copy of the weight."""
-    run(weights[0])
-    seconds: list[float] = []
-    while sum(seconds) < MIN_SECONDS or len(seconds) < 7:
-        start = time.perf_counter()
-        run(weights[len(seconds) % len(weights)])
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def torch_int4_kernel(n: int, k: int, group_size: int) -> Kernel:
+    """PyTorch's own 4-bit product for CPUs."""
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    scales, zeros = torch.rand(2, k // group_size, n).add(0.1).bfloat16()
+    grid = torch.stack((scales, zeros), dim=-1).contiguous()
+    stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    steps = (codes - 8).view(n, -1, group_size)
+    dense = steps * scales.T[..., None].float() + zeros.T[..., None].float()
+    nbytes = stored.nbytes + grid.nbytes
+
+    def multiply(x: Tensor, weight: Any) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, grid)
+
+    weights = [stored.clone() for _ in range(copies(nbytes))]
+    return Kernel(
+        "torch_int4", 4, group_size, weights, multiply, dense.view(n, k), nbytes
+    )
+
+
+def copies(nbytes: int) -> int:
+    """Copies of a weight that no cache holds."""
+    return max(2, ROTATED_BYTES // nbytes)
+
+
+def time_kernels(
+    kernels: list[Kernel], m: int, n: int, k: int, bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    """Time x [m, k] times every kernel's weight, in turns."""
+    x = torch.randn(m, k, dtype=torch.bfloat16)
+    kernels = [kernel for kernel in kernels if m == 1 or kernel.name != "torch_mv_bf16"]
+    seconds: list[list[float]] = [[] for _ in kernels]
+    for kernel in kernels:
+        with kernel.chosen():
+            kernel.multiply(x, kernel.weights[0])
+    turn, burst = 0, BURST if m <= 64 else 1
+    while turn < 2 or min(map(sum, seconds)) < MIN_SECONDS:
+        for kernel, times in zip(kernels, seconds, strict=True):
+            with kernel.chosen():
+                for number in range(turn * burst, (turn + 1) * burst):
+                    weight = kernel.weights[number % len(kernel.weights)]
+                    start = time.perf_counter()
+                    kernel.multiply(x, weight)
+                    times.append(time.perf_counter() - start)
+        turn += 1
+    medians = list(map(statistics.median, seconds))
+    baseline = min(
+        median
+        for kernel, median in zip(kernels, medians, strict=True)
+        if kernel.bits == 16
+    )
+    for kernel, median in zip(kernels, medians, strict=True):
+        exact = x.float() @ kernel.dense.T
+        with kernel.chosen():
+            error = kernel.multiply(x, kernel.weights[0]).float() - exact
+        yield {
+            "kernel": kernel.name,
+            "bits": kernel.bits,
+            "group_size": kernel.group_size,
+            "m": m,
+            "n": n,
+            "k": k,
+            "us": round(median * 1e6, 1),
+            "ratio_to_16bit": round(baseline / median, 2),
+            "bandwidth_share": round(kernel.nbytes / median / bandwidth, 3),
+            "rel_error": float(f"{float(error.norm() / exact.norm()):.1e}"),
+        }
 
 
 def read_bandwidth() -> float:
     """Bytes per second of reading a large tensor."""
     tensor = torch.ones(64 << 20)
-    return tensor.nbytes / time_rotating(lambda t: t.sum(), [tensor])
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        tensor.sum()
+        seconds.append(time.perf_counter() - start)
+    return tensor.nbytes / statistics.median(seconds)
 
 
 def random_packed(bits: int, n: int, k: int, group_size: int) -> PackedLinear:
@@ -183,15 +246,24 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def print_table(device: str, bandwidth: float, rows: list[dict[str, object]]) -> None:
-    """Print the results as Markdown."""
-    print(f"{device}; reads {bandwidth / 1e9:.1f} GB/s; torch {torch.__version__}\n")
-    columns = ["kernel", "bits", "group_size", "m", "n", "k", "us"]
-    columns += ["ratio_to_16bit", "bandwidth_share", "rel_error"]
-    print("| " + " | ".join(columns) + " |")
-    print("|" + " --- |" * len(columns))
-    for result in rows:
-        print("| " + " | ".join(str(result[column]) for column in columns) + " |")
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print the results as Markdown: a line for a shape, a column for a kernel."""
+    lines: dict[tuple[int, int, int], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        group = "" if row["group_size"] in (0, 64) else " per row"
+        name = f"{row['kernel']} {row['bits']}{group}"
+        lines.setdefault((row["m"], row["n"], row["k"]), {})[name] = row
+    columns = list(dict.fromkeys(name for line in lines.values() for name in line))
+    print("| m | n x k | " + " | ".join(columns) + " |")
+    print("|" + " --- |" * (len(columns) + 2))
+    for (m, n, k), line in lines.items():
+        cells = [
+            f"{line[name]['us']:.0f} ({line[name]['ratio_to_16bit']:.2f}x)"
+            if name in line
+            else ""
+            for name in columns
+        ]
+        print(f"| {m} | {n} x {k} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def score(model: Any, texts: dict[str, list[tuple[Tensor, int]]]) -> dict[str, f
     for task, samples in texts.items():
         losses = []
         for tokens, start in samples:
-            logits = model(tokens[None]).logits[0, start - 1 : -1]
+            logits = model(tokens[None]).logits[0, start - 1 : -1].float()
             losses.append(
                 float(torch.nn.functional.cross_entropy(logits, tokens[start:]))
             )
@@ -214,7 +214,11 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("\n| bits | group | calibrated on | options | method | seeds | scores |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for key, found in sorted(cells.items()):
-        names = found[0]["scores"]
+        names = [
+            name
+            for name in found[0]["scores"]
+            if all(name in row["scores"] for row in found)
+        ]
         scores = ", ".join(
             f"{name} {mean(row['scores'][name] for row in found):.3f}" for name in names
         )
