@@ -31,8 +31,8 @@ from tacq_vllm.kernels.cpu_ir import (
     multiply_add,
     pick,
     put,
-    row_sharer,
     same,
+    sharer,
     splat,
     zeroed,
 )
@@ -80,14 +80,14 @@ def compile_linear(bits: int, dtype: torch.dtype, tokens: int, team: Team) -> An
         A C function void(int64 *arguments) with an `address`, to be called by every
         thread of a team; a row belongs to one thread.
     """
-    row_at, share = row_finder(bits), row_sharer(team, ARGUMENTS)
+    row_at, share = row_finder(bits), sharer(team)
     row_dot = _row_dot(bits, dtype, tokens)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
         a = numba.carray(pointer, len(ARGUMENTS), numba.int64)
         x, out, rows, columns, groups, steps = a[6], a[7], a[8], a[9], a[10], a[11]
-        start, stop = share(a)
+        start, stop = share(a[12], a[13])
         for row in range(start, stop):
             packed = row_at(a, row, columns, groups, rows)
             places = (x, columns * 4, out + row * 4, rows * 4)
@@ -98,7 +98,7 @@ def compile_linear(bits: int, dtype: torch.dtype, tokens: int, team: Team) -> An
 
 def compile_dequantize(bits: int, dtype: torch.dtype, team: Team) -> Any:
     """Compile out[r - first_row] = W[r] in float32; otherwise as `compile_linear`."""
-    row_at, share = row_finder(bits), row_sharer(team, ARGUMENTS)
+    row_at, share = row_finder(bits), sharer(team)
     row_values = _row_values(bits, dtype)
 
     @numba.cfunc(types.void(types.voidptr))
@@ -106,7 +106,7 @@ def compile_dequantize(bits: int, dtype: torch.dtype, team: Team) -> Any:
         a = numba.carray(pointer, len(ARGUMENTS), numba.int64)
         out, rows, columns, groups, steps = a[7], a[8], a[9], a[10], a[11]
         first = a[12]
-        start, stop = share(a)
+        start, stop = share(first, a[13])
         for row in range(start, stop):
             packed = row_at(a, row, columns, groups, rows)
             row_values(packed, (groups, steps), out + (row - first) * columns * 4)

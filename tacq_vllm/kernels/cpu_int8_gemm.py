@@ -30,13 +30,14 @@ from tacq_vllm.kernels.cpu_ir import (
     at,
     lane_sums,
     put,
+    put_tokens,
     reserver,
-    row_sharer,
     same,
+    sharer,
     sum_slots,
 )
+from tacq_vllm.kernels.cpu_rounding import ARGUMENTS, Rounding, rounder
 from tacq_vllm.kernels.cpu_rows import (
-    ADDRESSES,
     ROW_TYPE,
     PackedRow,
     outlier_products,
@@ -66,37 +67,14 @@ _COLUMNS = 4096
 
 _SUMS_BYTES = _SLAB * LANES * 4
 
-ARGUMENTS = (
-    *ADDRESSES,
-    "x_tiles",
-    "codes",
-    "scales",
-    "out",
-    "tokens",
-    "columns",
-    "chunks",
-    "groups",
-    "out_features",
-    "first_row",
-    "last_row",
-)
-"""What the product is given: addresses of tensors, then sizes, as 64-bit integers.
 
-`x_tiles` is x itself, float32 [tiles, in, OUT_TILE]; the number of tokens is a multiple
-of TILE, and there is room for multiples of OUT_TILE in `out`.
-"""
-
-
-def compile_gemm(
-    bits: int, dtype: torch.dtype, group_size: int, span: int, dot: str, team: Team
-) -> Any:
+def compile_gemm(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) -> Any:
     """Compile out[t, r] = x[t] · W[r].
 
     Args:
-        bits: bits of a code.
-        dtype: 16-bit type of scales and kept weights.
-        group_size: columns of a group; 0: the whole row.
-        span: columns of a lane, 16 or 64.
+        reader: reads the weight.
+        rounding: what x becomes: with `OFFSET`, in tiles of `TILE` and `OUT_TILE`, and
+            lanes like the reader's.
         dot: instructions for products of bytes: `vnni`, `avx2` or `plain`.
         team: where the calling thread is.
 
@@ -104,21 +82,23 @@ def compile_gemm(
         A C function void(int64 *arguments) with an `address`, to be called by every
         thread of a team; a row of the weight belongs to one thread.
     """
-    reader = ChunkReader(bits, dtype, group_size, span)
-    share, row_at = row_sharer(team, ARGUMENTS), row_finder(bits)
+    share, row_at = sharer(team), row_finder(reader.bits)
+    round_tokens = rounder(rounding, team)
+    out_size = 4 if rounding.dtype == torch.float32 else 2
     chunk_size, part_chunks = reader.columns, _COLUMNS // reader.columns
     row_bytes = part_chunks * _entry_bytes(reader)
     reserve_weights = reserver(_ROWS * row_bytes)
     reserve_sums = reserver(_ROWS * _SUMS_BYTES)
     unpack, multiply = _unpack(reader, dot), _multiply(reader, dot)
-    finish = _finish(dtype)
+    finish = _finish(reader, rounding)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
         a = numba.carray(pointer, len(ARGUMENTS), numba.int64)
-        x, codes, scales, out = a[6], a[7], a[8], a[9]
-        tokens, columns, chunks, groups, rows = a[10], a[11], a[12], a[13], a[14]
-        start, stop = share(a)
+        round_tokens(a)
+        x, codes, scales, out = a[7], a[8], a[9], a[11]
+        tokens, columns, chunks, groups, rows = a[12], a[13], a[14], a[15], a[16]
+        start, stop = share(0, rows)
         weights, sums = reserve_weights(), reserve_sums()
         for slab in range(0, tokens, _SLAB):
             slab_end = min(slab + _SLAB, tokens)
@@ -150,7 +130,7 @@ def compile_gemm(
                             packed,
                             x + token * columns * 4,
                             place + (token - slab) * LANES * 4,
-                            out + (token * rows + row) * 4,
+                            out + (token * rows + row) * out_size,
                             rows,
                         )
 
@@ -276,7 +256,7 @@ def _multiply(reader: ChunkReader, dot: str) -> Any:
     return multiply
 
 
-def _finish(dtype: torch.dtype) -> Any:
+def _finish(reader: ChunkReader, rounding: Rounding) -> Any:
     """Intrinsic: add up a row's sums and kept weights, and store the results."""
 
     @intrinsic
@@ -287,12 +267,9 @@ def _finish(dtype: torch.dtype) -> Any:
             totals = [
                 at(builder, sums, I64(token), FLOATS) for token in range(OUT_TILE)
             ]
-            kept = outlier_products(builder, row, x, OUT_TILE, dtype)
+            kept = outlier_products(builder, row, x, OUT_TILE, reader.dtype)
             values = builder.fadd(lane_sums(builder, totals), kept)
-            for token in range(OUT_TILE):
-                offset = builder.mul(rows, I64(4 * token))
-                value = builder.extract_element(values, ir.IntType(32)(token))
-                put(builder, builder.add(out, offset), value)
+            put_tokens(builder, out, rows, values, rounding.dtype)
             return context.get_dummy_value()
 
         number = types.int64

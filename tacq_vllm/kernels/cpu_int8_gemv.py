@@ -17,7 +17,6 @@ from tacq_vllm.kernels.cpu_chunks import ChunkReader
 from tacq_vllm.kernels.cpu_dots import DOTS
 from tacq_vllm.kernels.cpu_ir import (
     FLOATS,
-    I32,
     I64,
     LANES,
     WORDS,
@@ -26,12 +25,13 @@ from tacq_vllm.kernels.cpu_ir import (
     at,
     lane_sums,
     put,
+    put_tokens,
     reserver,
-    row_sharer,
+    sharer,
     sum_slots,
 )
+from tacq_vllm.kernels.cpu_rounding import ARGUMENTS, Rounding, rounder
 from tacq_vllm.kernels.cpu_rows import (
-    ADDRESSES,
     ROW_TYPE,
     PackedRow,
     outlier_products,
@@ -39,45 +39,19 @@ from tacq_vllm.kernels.cpu_rows import (
     unpack_row,
 )
 
-SPAN = 16
-"""Columns of a lane."""
-
 _ROWS = 16
 """Rows of the weight that pass by a part of x while that is in the first cache."""
 
 _CHUNKS = 64
 """Chunks of such a part, divided by the number of tokens."""
 
-ARGUMENTS = (
-    *ADDRESSES,
-    "x_tile",
-    "codes",
-    "scales",
-    "sums",
-    "out",
-    "columns",
-    "chunks",
-    "groups",
-    "out_features",
-    "first_row",
-    "last_row",
-)
-"""What the product is given: addresses of tensors, then sizes, as 64-bit integers.
 
-`x_tile` is x itself, float32 [in, tokens].
-"""
-
-
-def compile_gemv(
-    bits: int, dtype: torch.dtype, group_size: int, tokens: int, dot: str, team: Team
-) -> Any:
-    """Compile out[t, r] = x[t] · W[r].
+def compile_gemv(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) -> Any:
+    """Compile out[t, r] = x[t] · W[r] for at most one tile of rows of x.
 
     Args:
-        bits: bits of a code.
-        dtype: 16-bit type of scales and kept weights.
-        group_size: columns of a group; 0: the whole row.
-        tokens: rows of x: 1, 2, 4 or 8.
+        reader: reads the weight, with lanes of 16 columns.
+        rounding: what x becomes: without an offset, in tiles of 1, 2 or 4.
         dot: instructions for products of bytes: `vnni`, `avx2` or `plain`.
         team: where the calling thread is.
 
@@ -85,21 +59,23 @@ def compile_gemv(
         A C function void(int64 *arguments) with an `address`, to be called by every
         thread of a team; a row of the weight belongs to one thread.
     """
-    reader = ChunkReader(bits, dtype, group_size, SPAN)
-    share, row_at = row_sharer(team, ARGUMENTS), row_finder(bits)
+    share, row_at = sharer(team), row_finder(reader.bits)
+    round_tokens = rounder(rounding, team)
+    tokens = rounding.tile
     size, width, part = tokens * LANES * 4, reader.columns, _CHUNKS // tokens
+    out_size = 4 if rounding.dtype == torch.float32 else 2
     reserve = reserver(_ROWS * size)
     add_chunks = _add_chunks(reader, tokens, dot)
-    finish = _finish(reader, tokens, dot)
+    finish = _finish(reader, rounding, dot)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
         a = numba.carray(pointer, len(ARGUMENTS), numba.int64)
-        x, codes, scales, code_sums, out = a[6], a[7], a[8], a[9], a[10]
-        columns, groups, rows = a[11], a[13], a[14]
+        round_tokens(a)
+        x, out, columns, groups, rows = a[7], a[11], a[13], a[15], a[16]
         whole = columns // width
-        tile = codes, scales, code_sums
-        start, stop = share(a)
+        tile = a[8], a[9], a[10]
+        start, stop = share(0, rows)
         sums = reserve()
         for first in range(start, stop, _ROWS):
             last = min(first + _ROWS, stop)
@@ -110,7 +86,7 @@ def compile_gemv(
                     add_chunks(packed, tile, chunk, end, sums + (row - first) * size)
             for row in range(first, last):
                 packed = row_at(a, row, columns, groups, rows)
-                target = x, columns, out + row * 4, rows
+                target = x, columns, out + row * out_size, rows
                 finish(packed, tile, whole, sums + (row - first) * size, target)
 
     return body
@@ -143,8 +119,9 @@ def _add_chunks(reader: ChunkReader, tokens: int, dot: str) -> Any:
     return add_chunks
 
 
-def _finish(reader: ChunkReader, tokens: int, dot: str) -> Any:
+def _finish(reader: ChunkReader, rounding: Rounding, dot: str) -> Any:
     """Intrinsic: add the last columns and the kept weights, and store the results."""
+    tokens = rounding.tile
 
     @intrinsic
     def finish(typing_context, row, tile, whole, sums, target):
@@ -160,9 +137,7 @@ def _finish(reader: ChunkReader, tokens: int, dot: str) -> Any:
             totals = lane_sums(builder, [builder.load(slot) for slot in slots])
             kept = outlier_products(builder, row, x, tokens, reader.dtype)
             values = builder.fadd(totals, kept)
-            for token in range(tokens):
-                place = builder.add(out, builder.mul(rows, I64(4 * token)))
-                put(builder, place, builder.extract_element(values, I32(token)))
+            put_tokens(builder, out, rows, values, rounding.dtype)
             return context.get_dummy_value()
 
         number, target = types.int64, types.UniTuple(types.int64, 4)

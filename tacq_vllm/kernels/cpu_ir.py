@@ -26,23 +26,19 @@ class Team:
 
     thread_number: Callable[[], int]
     num_threads: Callable[[], int]
+    wait: Callable[[], None]
+    """Returns when all threads have called it."""
 
 
-def row_sharer(team: Team, arguments: tuple[str, ...]) -> Any:
-    """Compile the calling thread's part of the rows `first_row` to before `last_row`.
-
-    Args:
-        team: where the calling thread is.
-        arguments: what the kernel is given, these two among them.
-    """
-    first, last = arguments.index("first_row"), arguments.index("last_row")
+def sharer(team: Team) -> Any:
+    """Compile the calling thread's part of the numbers `first` to before `last`."""
     thread_number, num_threads = team.thread_number, team.num_threads
 
     @numba.njit(inline="always")
-    def share(a):
-        size = (a[last] - a[first] + num_threads() - 1) // num_threads()
-        start = a[first] + thread_number() * size
-        return start, min(start + size, a[last])
+    def share(first, last):
+        size = (last - first + num_threads() - 1) // num_threads()
+        start = first + thread_number() * size
+        return start, min(start + size, last)
 
     return share
 
@@ -186,8 +182,15 @@ def reserver(size: int) -> Any:
     return reserve
 
 
+def stored_type(dtype: torch.dtype) -> Any:
+    """The LLVM type of stored values: of 16-bit floats, integers."""
+    return F32 if dtype == torch.float32 else I16
+
+
 def to_float(builder: Any, bits: Any, dtype: torch.dtype) -> Any:
-    """The 16 bits of stored values, one or a vector, as floats."""
+    """Stored values, one or a vector, as floats."""
+    if dtype == torch.float32:
+        return bits
 
     def shaped(kind: Any) -> Any:
         is_vector = isinstance(bits.type, ir.VectorType)
@@ -197,3 +200,32 @@ def to_float(builder: Any, bits: Any, dtype: torch.dtype) -> Any:
         return builder.fpext(builder.bitcast(bits, shaped(ir.HalfType())), shaped(F32))
     word = builder.zext(bits, shaped(I32))
     return builder.bitcast(builder.shl(word, same(word.type, 16)), shaped(F32))
+
+
+def from_float(builder: Any, value: Any, dtype: torch.dtype) -> Any:
+    """A vector of floats as stored values."""
+    if dtype == torch.float32:
+        return value
+    halves = ir.VectorType(I16, value.type.count)
+    if dtype == torch.float16:
+        kind = ir.VectorType(ir.HalfType(), value.type.count)
+        return builder.bitcast(builder.fptrunc(value, kind), halves)
+    words = ir.VectorType(I32, value.type.count)
+    bits = builder.bitcast(value, words)
+    # To the nearest, of two equally near ones to the even.
+    odd = builder.and_(builder.lshr(bits, same(words, 16)), same(words, 1))
+    up = builder.add(builder.add(bits, same(words, 0x7FFF)), odd)
+    none = builder.fcmp_unordered("uno", value, value)
+    rounded = builder.select(none, same(words, 0x7FC00000), up)
+    return builder.trunc(builder.lshr(rounded, same(words, 16)), halves)
+
+
+def put_tokens(
+    builder: Any, out: Any, rows: Any, values: Any, dtype: torch.dtype
+) -> None:
+    """Store one row's results, a vector of floats, in out [tokens, rows]."""
+    stored = from_float(builder, values, dtype)
+    size = 4 if dtype == torch.float32 else 2
+    for token in range(values.type.count):
+        place = builder.add(out, builder.mul(rows, I64(size * token)))
+        put(builder, place, builder.extract_element(stored, I32(token)))

@@ -1,8 +1,10 @@
 """LLVM code that rounds activations to 8 bits, for the kernels that multiply bytes."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numba
+import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -18,65 +20,122 @@ from tacq_vllm.kernels.cpu_ir import (
     call,
     pick,
     put,
-    row_sharer,
     same,
+    sharer,
     splat,
+    stored_type,
+    to_float,
 )
-
-
-def block_columns(span: int) -> int:
-    """Columns of x that share a scale, where lanes may have up to `span` columns."""
-    return max(32, span)
-
+from tacq_vllm.kernels.cpu_rows import ADDRESSES
 
 ARGUMENTS = (
+    *ADDRESSES,
     "x",
+    "x_tiles",
     "codes",
     "scales",
     "sums",
+    "out",
+    "tokens",
     "columns",
     "chunks",
-    "tile",
-    "first_row",
-    "last_row",
+    "groups",
+    "out_features",
 )
-"""What the rounding kernel is given; its rows are the tokens."""
+"""What int8 kernels are given: addresses, then sizes, as 64-bit integers.
+
+Of a packed weight; of x [tokens, in]; of memory for what is made of x; of the output
+[tokens, out], with room for whole tiles.
+"""
 
 
-def compile_rounding(offset: int, span: int, block: int, team: Team) -> Any:
-    """Compile the rounding of x to 8 bits, in the order in which codes are unpacked.
+@dataclass(frozen=True)
+class Rounding:
+    """What x becomes.
+
+    For every tile of `out_tile` tokens, `x_tiles` has x itself, float32 [in, out_tile].
+    For every tile of `tile` tokens and every chunk of columns there are, each
+    [tile, …], `codes`: bytes, in the order in which codes are unpacked; `scales`:
+    float32, one per lane; `sums`, without an offset: int32, of the bytes of each lane.
+    """
+
+    dtype: torch.dtype
+    """The type of x."""
+
+    span: int
+    """Columns of a lane: 16 or 64."""
+
+    block: int
+    """Columns of x that share a scale: 32 or 64."""
+
+    offset: int
+    """What is added to the bytes."""
+
+    tile: int
+    out_tile: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of a chunk."""
+        return LANES * self.span
+
+
+def rounder(rounding: Rounding, team: Team) -> Any:
+    """Compile the rounding of x by all threads of a team, before they go on.
 
     Per token and block of columns: scale = max|x| / 127, code = round(x / scale).
-    Stored are code + `offset`; for each lane, of `span` columns, the scale; and, if the
-    offset is 0, the sum of its codes. They lie in [tiles, chunks, tokens of a tile, …].
     """
-    share = row_sharer(team, ARGUMENTS)
-    round_block = _round_block(offset, span, block)
-    chunk_size = LANES * span
+    share, wait = sharer(team), team.wait
+    round_block, no_scale = _round_block(rounding), _no_scale()
+    size = 4 if rounding.dtype == torch.float32 else 2
+    block, span, tile = rounding.block, rounding.span, rounding.tile
+    out_tile, chunk_size = rounding.out_tile, rounding.columns
 
-    @numba.cfunc(types.void(types.voidptr))
-    def body(pointer):
-        a = numba.carray(pointer, len(ARGUMENTS), numba.int64)
-        x, codes, scales, sums = a[0], a[1], a[2], a[3]
-        columns, chunks, tile = a[4], a[5], a[6]
-        start, stop = share(a)
+    @numba.njit
+    def round_tokens(a):
+        x, tiles, codes, scales, sums = a[6], a[7], a[8], a[9], a[10]
+        columns, chunks = a[13], a[14]
+        start, stop = share(0, a[12])
         for token in range(start, stop):
+            first = token // tile * tile * chunks + token % tile
+            target = tiles + (token // out_tile * columns * out_tile) * 4
             for column in range(0, columns, block):
-                chunk = token // tile * chunks + column // chunk_size
-                part, lane = chunk * tile + token % tile, column % chunk_size // span
+                part = first + column // chunk_size * tile
+                lane = column % chunk_size // span
                 place = (part * LANES + lane) * 4
                 round_block(
-                    x + (token * columns + column) * 4,
+                    x + (token * columns + column) * size,
+                    target + (column * out_tile + token % out_tile) * 4,
                     codes + part * chunk_size + lane * 4,
                     scales + place,
                     sums + place,
                 )
+            last = first + (chunks - 1) * tile
+            for lane in range(columns // span - (chunks - 1) * LANES, LANES):
+                no_scale(scales + (last * LANES + lane) * 4)
+        wait()
 
-    return body
+    return round_tokens
 
 
-def _round_block(offset: int, span: int, block: int) -> Any:
-    """Intrinsic: one block of x to bytes, with the scale and sum of each lane."""
+def _no_scale() -> Any:
+    """Intrinsic: store 0 as the scale of a lane behind the last column."""
+
+    @intrinsic
+    def no_scale(typing_context, place):
+        def codegen(context, builder, signature, arguments):
+            put(builder, arguments[0], F32(0.0))
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    return no_scale
+
+
+def _round_block(rounding: Rounding) -> Any:
+    """Intrinsic: one block of x to floats and bytes, with each lane's scale and sum."""
+    block, span, offset = rounding.block, rounding.span, rounding.offset
+    stored = ir.VectorType(stored_type(rounding.dtype), block)
     floats, words = ir.VectorType(F32, block), ir.VectorType(I32, block)
     lanes = range(0, block, span)
 
@@ -84,10 +143,18 @@ def _round_block(offset: int, span: int, block: int) -> Any:
         return call(builder, f"llvm.{name}.v{block}f32", floats, [value])
 
     @intrinsic
-    def round_block(typing_context, x, codes, scales, sums):
+    def round_block(typing_context, x, target, codes, scales, sums):
         def codegen(context, builder, signature, arguments):
-            x, codes, scales, sums = arguments
-            values = at(builder, x, I64(0), floats)
+            x, target, codes, scales, sums = arguments
+            values = at(builder, x, I64(0), stored)
+            values = to_float(builder, values, rounding.dtype)
+            if rounding.out_tile == 1:
+                put(builder, target, values)
+            else:
+                for column in range(block):
+                    place = I64(4 * column * rounding.out_tile)
+                    value = builder.extract_element(values, I32(column))
+                    put(builder, builder.add(target, place), value)
             sizes = call_float(builder, "fabs", values)
             # Of all maxima the one that NaN survives.
             name = f"llvm.vector.reduce.fmaximum.v{block}f32"
@@ -118,6 +185,6 @@ def _round_block(offset: int, span: int, block: int) -> Any:
             return context.get_dummy_value()
 
         address = types.int64
-        return types.void(address, address, address, address), codegen
+        return types.void(address, address, address, address, address), codegen
 
     return round_block

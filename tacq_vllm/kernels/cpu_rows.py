@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.packing import PLANE_WIDTHS
 from tacq_vllm.kernels.cpu_ir import (
     F32,
@@ -33,6 +34,19 @@ ADDRESSES = (
     "outliers",
 )
 """The first arguments of every kernel: the addresses of a packed weight's tensors."""
+
+
+def weight_addresses(packed: PackedLinear) -> tuple[int, ...]:
+    """Where the packed tensors lie, in the order in which kernels take them."""
+    high, zeros_high = packed.qweight_high, packed.qzeros_high
+    return (
+        packed.qweight.data_ptr(),
+        0 if high is None else high.data_ptr(),
+        packed.scales.data_ptr(),
+        packed.qzeros.data_ptr(),
+        0 if zeros_high is None else zeros_high.data_ptr(),
+        packed.outliers.data_ptr(),
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,13 @@ class OpenMP:
         address, count = ctypes.c_void_p, ctypes.c_uint
         self._parallel.argtypes = (address, address, count, count)
         self._parallel.restype = None
-        self.team = Team(library.omp_get_thread_num, library.omp_get_num_threads)
+        library.GOMP_barrier.argtypes = ()
+        library.GOMP_barrier.restype = None
+        self.team = Team(
+            library.omp_get_thread_num,
+            library.omp_get_num_threads,
+            library.GOMP_barrier,
+        )
         for function in (library.omp_get_thread_num, library.omp_get_num_threads):
             function.argtypes = ()
             function.restype = ctypes.c_int32
@@ -50,3 +56,10 @@ def find_openmp() -> OpenMP | None:
         if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
             return OpenMP(ctypes.CDLL(path))
     return None
+
+
+def get_openmp() -> OpenMP:
+    """PyTorch's runtime, where `find_openmp` finds one."""
+    openmp = find_openmp()
+    assert openmp is not None
+    return openmp

@@ -10,12 +10,15 @@ from tests.kernels.cpu import OBSTACLE, assert_bits_are_fixed, assert_tokens_are
 if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
+from tacq_vllm.kernels import cpu_int8
 from tacq_vllm.kernels import cpu_linear as kernel
 from tacq_vllm.kernels.cpu_chunks import supports_groups
-from tacq_vllm.kernels.cpu_linear import MAX_GEMV_TOKENS, cpu_linear
+from tacq_vllm.kernels.cpu_dots import best_dot
+from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear
+from tacq_vllm.kernels.cpu_linear import cpu_linear
 
 BITS = [2, 3, 4]
-BEST = kernel.best_dot()
+BEST = best_dot()
 DOTS = {"vnni": ["vnni", "avx2", "plain"], "avx2": ["avx2", "plain"]}.get(
     BEST, ["plain"]
 )
@@ -98,14 +101,14 @@ def test_what_8_bits_hold_is_multiplied_exactly(
     in_features: int,
     group_size: int,
 ) -> None:
-    monkeypatch.setattr(kernel, "best_dot", lambda: dot)
+    monkeypatch.setattr(cpu_int8, "best_dot", lambda: dot)
     packed, dense = random_linear(
         bits, 37, in_features, group_size, 0.02, torch.bfloat16, 1
     )
     x = bytes_input(tokens, in_features)
 
     # The product before it is rounded to the type of x.
-    out = kernel._rounded(x.float(), packed)
+    out = int8_linear(x.float(), packed)
 
     assert_is_product(out, x.float(), dense)
 
@@ -115,7 +118,7 @@ def test_what_8_bits_hold_is_multiplied_exactly(
 def test_the_largest_codes_and_bytes_do_not_overflow(
     monkeypatch: pytest.MonkeyPatch, bits: int, dot: str
 ) -> None:
-    monkeypatch.setattr(kernel, "best_dot", lambda: dot)
+    monkeypatch.setattr(cpu_int8, "best_dot", lambda: dot)
     packed, _ = random_linear(bits, 16, 4096, -1, 0.0, torch.bfloat16, 2)
     for plane in packed.weight_planes:
         plane.fill_(-1)
@@ -124,7 +127,7 @@ def test_the_largest_codes_and_bytes_do_not_overflow(
     x = torch.full((2, 4096), 127.0)
     x[1] = -127.0
 
-    out = kernel._rounded(x, packed)
+    out = int8_linear(x, packed)
 
     expected = 127.0 * 4096 * (2**bits - 1) * packed.scales[:, 0].float()
     torch.testing.assert_close(out[0], expected)
