@@ -293,13 +293,13 @@ def test_a_killed_command_goes_on(
     tiny_model: Path, task_file: Path, tmp_path: Path
 ) -> None:
     """SIGKILL at random moments, without a work folder of the user's."""
-    choose = random.Random(0)
+    choose = random.Random(5)
 
     def arguments(output: Path) -> list[str]:
         return quantize_arguments(tiny_model, output, task_file, num_samples=40)
 
     command = arguments(tmp_path / "made" / "out")
-    for _ in range(3):
+    for _ in range(10):
         process = subprocess.Popen(
             [Path(sys.executable).parent / "tacq", *command],
             stderr=subprocess.PIPE,
@@ -307,7 +307,7 @@ def test_a_killed_command_goes_on(
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         assert process.stderr is not None
-        for _ in range(choose.randrange(2, 12)):
+        for _ in range(choose.randrange(2, 8)):
             assert process.stderr.readline()
         time.sleep(choose.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
