@@ -49,7 +49,7 @@ lint: $(READY)
 	$(BIN)/typos
 
 bench: $(READY)
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/linear_kernels.py
 
 clean:
 	rm -rf build dist $(VENV)

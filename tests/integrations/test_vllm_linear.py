@@ -19,6 +19,7 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.model_loader.weight_utils import (
     initialize_single_dummy_weight,
 )
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.schema import QuantizationSchema
@@ -227,17 +228,20 @@ def test_half_quantized_fused_linears_are_refused():
 
 
 def test_dummy_weights_are_a_valid_table_of_the_right_size():
-    config, packed, _ = stored_linears(GATE_UP, 3, 32)
+    shapes = {"mlp.gate_proj": (576, 64), "mlp.up_proj": (576, 64)}
+    config, packed, _ = stored_linears(shapes, 3, 32)
     dummy = VllmConfig(load_config=LoadConfig(load_format="dummy"))
-    with set_current_vllm_config(dummy):
-        layer = merged_layer(config)
-    for parameter in layer.parameters():
-        initialize_single_dummy_weight(parameter)
-    layer.quant_method.process_weights_after_loading(layer)
-    stored = sum(p.outliers.numel() - 128 - 1 for p in packed.values())
-    assert layer.outliers.numel() == 256 + 1 + stored
-    x = torch.randn(3, 64)
-    output, _ = layer(x)
+    # As vLLM's loader does it: integers above 256 are not exact in this type.
+    with set_current_vllm_config(dummy), set_default_torch_dtype(torch.bfloat16):
+        layer = vllm_linear.MergedColumnParallelLinear(
+            64, [576, 576], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
+        )
+        for parameter in layer.parameters():
+            initialize_single_dummy_weight(parameter)
+        layer.quant_method.process_weights_after_loading(layer)
+    stored = sum(p.outliers.numel() - 576 - 1 for p in packed.values())
+    assert layer.outliers.numel() == 2 * 576 + 1 + stored
+    output, _ = layer(torch.randn(3, 64))
     assert bool(output.isfinite().all())
 
 

@@ -200,7 +200,7 @@ class OutlierParameter(TrackedParameter):
         rows = shard.local_out_features
         cut = rows * self.local_in_features / (shard.out_features * self.in_features)
         nnz = int(shard.nnz * cut)
-        offsets = torch.linspace(0, nnz, rows + 1).to(torch.int32)
+        offsets = (torch.arange(rows + 1) * nnz // rows).to(torch.int32)
         columns = torch.arange(nnz) - offsets[:-1].repeat_interleave(offsets.diff())
         return Outliers(
             offsets, columns.to(torch.int32), torch.zeros(nnz, dtype=self.value_dtype)

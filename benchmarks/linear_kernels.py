@@ -1,6 +1,6 @@
 """Time the quantized linear beside PyTorch's 16-bit one, and its 4-bit one on CPUs.
 
-    python benchmarks/kernels.py [--threads N] [--shapes smollm2,llama3-8b] [--m 1,8]
+    python benchmarks/linear_kernels.py [--threads N] [--shapes smollm2] [--m 1,8]
 
 All kernels of a shape take turns in short bursts, so that what else the machine does
 hits them alike. Copies of each weight rotate, so that no cache flatters anyone, and the

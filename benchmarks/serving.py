@@ -1,0 +1,160 @@
+"""Decoding speed of a whole model in vLLM, TaCQ beside the unquantized one.
+
+    python benchmarks/serving.py [--models smollm2,llama-1b] [--bits 3] [--threads N]
+
+Weights are not loaded but made up (`load_format="dummy"`): only shapes matter for time.
+One request at a time in bfloat16, eagerly. A token's time is that of a long answer less
+that of a short one, by their difference in tokens; the models take turns. Writes a JSON
+list and prints it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tacq_vllm.format.schema import QuantizationSchema
+
+RESULTS = Path(__file__).parent / "results" / "serving.json"
+OUTLIER_RATIO = 0.0035
+PROMPT, SHORT, LONG = 32, 8, 72
+MODELS = {
+    "smollm2": LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    ),
+    "llama-1b": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+    ),
+}
+
+
+def main() -> None:
+    """Run every model in processes of their own."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps({"seconds": time_tokens(arguments.run)}))
+        return
+
+    rows = []
+    for name in arguments.models.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            plain, packed = Path(folder) / "plain", Path(folder) / "packed"
+            write_configs(MODELS[name], arguments.bits, arguments.group_size, folder)
+            seconds: dict[Path, list[float]] = {plain: [], packed: []}
+            for _ in range(arguments.turns):
+                for path, times in seconds.items():
+                    times += run_apart(path)
+        medians = {path: statistics.median(times) for path, times in seconds.items()}
+        row: dict[str, Any] = {
+            "model": name,
+            "bits": arguments.bits,
+            "group_size": arguments.group_size,
+            "cpu_threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+            "bf16_ms_per_token": round(medians[plain] * 1e3, 2),
+            "tacq_ms_per_token": round(medians[packed] * 1e3, 2),
+            "ratio": round(medians[plain] / medians[packed], 2),
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def write_configs(config: LlamaConfig, bits: int, group_size: int, folder: str) -> None:
+    """Write config.json of the model, and of the same model quantized."""
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(Path(folder) / "plain")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linears = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.model.named_modules(prefix="model")
+        if isinstance(module, torch.nn.Linear)
+    }
+    kept = {
+        name: int(OUTLIER_RATIO * out * in_) for name, (out, in_) in linears.items()
+    }
+    schema = QuantizationSchema(
+        bits=bits,
+        group_size=group_size,
+        dtype="bfloat16",
+        linears=linears,
+        circuits={"default": kept},
+    )
+    config.quantization_config = json.loads(schema.model_dump_json())
+    config.save_pretrained(Path(folder) / "packed")
+
+
+def run_apart(folder: Path) -> list[float]:
+    """Seconds per token of a model, measured in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, __file__, "--run", str(folder)],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    seconds: list[float] = json.loads(result.stdout.splitlines()[-1])["seconds"]
+    return seconds
+
+
+def time_tokens(folder: Path) -> list[float]:
+    """Seconds per generated token, five times."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="bfloat16",
+        max_model_len=256,
+    )
+
+    def answer(tokens: int) -> float:
+        sampling = SamplingParams(
+            max_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False
+        )
+        prompt = {"prompt_token_ids": list(range(100, 100 + PROMPT))}
+        start = time.perf_counter()
+        llm.generate([prompt], sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    answer(SHORT)
+    return [(answer(LONG) - answer(SHORT)) / (LONG - SHORT) for _ in range(5)]
+
+
+if __name__ == "__main__":
+    main()
