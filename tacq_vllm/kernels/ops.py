@@ -18,8 +18,18 @@ from torch import Tensor
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels.reference import linear_forward
 
+_LIBRARY = torch.library.Library("tacq", "DEF")
+# Registered by hand: the wrapper that `custom_op` makes costs more time than the
+# rest of a small linear's call.
+_LIBRARY.define(
+    "linear(Tensor x, Tensor qweight, Tensor? qweight_high, Tensor scales, "
+    "Tensor qzeros, Tensor? qzeros_high, Tensor outliers, Tensor? bias, int bits) "
+    "-> Tensor",
+    tags=torch.Tag.needs_fixed_stride_order,
+)
 
-@torch.library.custom_op("tacq::linear", mutates_args=())
+
+@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
 def _linear(
     x: Tensor,
     qweight: Tensor,
@@ -49,8 +59,7 @@ def _linear(
     return linear_forward(x, packed, bias)
 
 
-@_linear.register_fake
-def _(
+def _fake_linear(
     x: Tensor,
     qweight: Tensor,
     qweight_high: Tensor | None,
@@ -64,12 +73,15 @@ def _(
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
+torch.library.register_fake("tacq::linear", _fake_linear, lib=_LIBRARY)
+
+
 def quantized_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     """Multiply x [..., in] with a packed weight and add `bias` [out]: [..., out].
 
     The tensors must have passed `check_linear`: kernels trust their indices.
     """
-    out: Tensor = _linear(
+    out: Tensor = torch.ops.tacq.linear(
         x,
         packed.qweight,
         packed.qweight_high,

@@ -30,7 +30,7 @@ from tacq_vllm.integrations.vllm.params import (
     PackedParameter,
     TrackedParameter,
 )
-from tacq_vllm.kernels.ops import prepare, quantized_linear
+from tacq_vllm.kernels.ops import prepare
 
 
 @register_weight_loader_v2_supported_method
@@ -144,7 +144,20 @@ class TacqLinearMethod(LinearMethodBase):
         self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """Multiply x [..., in] with this rank's weight."""
-        return quantized_linear(x, self._packed(layer), bias)
+        bits = self.schema.bits
+        # The op itself: a PackedLinear made for every call would cost its time.
+        out: Tensor = torch.ops.tacq.linear(
+            x,
+            layer.qweight,
+            layer.qweight_high if bits == 3 else None,
+            layer.scales,
+            layer.qzeros,
+            layer.qzeros_high if bits == 3 else None,
+            layer.outliers,
+            bias,
+            bits,
+        )
+        return out
 
     def _packed(self, layer: torch.nn.Module) -> PackedLinear:
         tensors = {
