@@ -27,6 +27,7 @@ from tacq_vllm.format.schema import QuantizationSchema
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 OUTLIER_RATIO = 0.0035
+MARK = "seconds per token: "
 PROMPT, SHORT, LONG = 32, 8, 72
 MODELS = {
     "smollm2": LlamaConfig(
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        print(json.dumps({"seconds": time_tokens(arguments.run)}))
+        print(MARK + json.dumps(time_tokens(arguments.run)))
         return
 
     rows = []
@@ -79,7 +80,7 @@ def main() -> None:
             "model": name,
             "bits": arguments.bits,
             "group_size": arguments.group_size,
-            "cpu_threads": torch.get_num_threads(),
+            "cpu_cores": os.cpu_count(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "date": time.strftime("%Y-%m-%d"),
@@ -126,7 +127,9 @@ def run_apart(folder: Path) -> list[float]:
         text=True,
         check=True,
     )
-    seconds: list[float] = json.loads(result.stdout.splitlines()[-1])["seconds"]
+    # vLLM's processes write to the same stream.
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith(MARK))
+    seconds: list[float] = json.loads(line.removeprefix(MARK))
     return seconds
 
 
