@@ -111,8 +111,9 @@ def sixteen_bit_kernels(n: int, k: int) -> Iterator[Kernel]:
         torch.randn(n, k, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))
     ]
 
+    dense = weights[0].float()
+
     def kernel(name: str, multiply: Callable[[Tensor, Any], Tensor]) -> Kernel:
-        dense = weights[0].float()
         return Kernel(name, 16, 0, weights, multiply, dense, 2 * n * k)
 
     yield kernel("torch_linear_bf16", linear)

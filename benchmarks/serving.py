@@ -1,6 +1,6 @@
 """Decoding speed of a whole model in vLLM, TaCQ beside the unquantized one.
 
-    python benchmarks/serving.py [--models smollm2,llama-1b] [--bits 3] [--threads N]
+    python benchmarks/serving.py [--models smollm2,llama-1b] [--bits 3]
 
 Weights are not loaded but made up (`load_format="dummy"`): only shapes matter for time.
 One request at a time in bfloat16, eagerly. A token's time is that of a long answer less

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tacq_vllm.format.linear import PackedLinear, TensorSpec, tensor_names
-from tacq_vllm.kernels.ops import quantized_linear
+from tacq_vllm.kernels.ops import stored_linear
 from tacq_vllm.kernels.reference import dequantize
 
 
@@ -53,7 +53,7 @@ class TacqLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in] with the weight: [..., out]."""
-        return quantized_linear(x, self.packed, self.bias)
+        return stored_linear(x, self, self.bits, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the tensors, but never convert them, as `model.half()` would.

@@ -24,6 +24,7 @@ from tacq_vllm.kernels.cpu_ir import (
     at,
     load_some,
     pick,
+    pick_both,
     prefetch,
     same,
     splat,
@@ -158,15 +159,11 @@ def _clamp(builder: Any, rest: Any, first: int) -> Any:
 
 def _exchange(builder: Any, vectors: list[Any], quarter: int) -> Any:
     """Every fourth lane of four vectors, from lane `quarter` on."""
-    halves = [
-        builder.shuffle_vector(
-            *pair,
-            ir.Constant(ir.VectorType(I32, 8), [*range(quarter, 2 * LANES, 4)]),
-        )
-        for pair in (vectors[:2], vectors[2:])
-    ]
-    order = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
-    return builder.shuffle_vector(*halves, order)
+    first, second = (
+        pick_both(builder, a, b, list(range(quarter, 2 * LANES, 4)))
+        for a, b in (vectors[:2], vectors[2:])
+    )
+    return pick_both(builder, first, second, list(range(LANES)))
 
 
 def _plane(builder: Any, base: Any, index: Any, rest: Any, width: int) -> Any:

@@ -5,7 +5,17 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-from tacq_vllm.kernels.cpu_ir import I8, I16, I32, LANES, WORDS, call, pick, same
+from tacq_vllm.kernels.cpu_ir import (
+    I8,
+    I16,
+    I32,
+    LANES,
+    WORDS,
+    call,
+    pick,
+    pick_both,
+    same,
+)
 
 
 def dot_vnni(builder: Any, acc: Any, codes: Any, x: Any) -> Any:
@@ -29,8 +39,7 @@ def dot_avx2(builder: Any, acc: Any, codes: Any, x: Any) -> Any:
         pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", half_pairs, parts)
         quads = [pairs, same(half_pairs, 1)]
         sums.append(call(builder, "llvm.x86.avx2.pmadd.wd", half_words, quads))
-    order = ir.Constant(WORDS, list(range(LANES)))
-    return builder.add(acc, builder.shuffle_vector(*sums, order))
+    return builder.add(acc, pick_both(builder, sums[0], sums[1], list(range(LANES))))
 
 
 def dot_plain(builder: Any, acc: Any, codes: Any, x: Any) -> Any:

@@ -56,7 +56,7 @@ def int8_linear(x: Tensor, packed: PackedLinear) -> Tensor:
 
 def warm_up(packed: PackedLinear, x_dtype: torch.dtype) -> None:
     """Compile the kernels for weights like these."""
-    for tile in (1, 2, 4, MANY):
+    for tile in {_tile(count) for count in range(1, MAX_GEMV_TOKENS + 2)}:
         _kernel(*_kind(packed, x_dtype), tile)
 
 

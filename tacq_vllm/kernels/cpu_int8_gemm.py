@@ -11,7 +11,6 @@ is where the integer sum begins.
 from typing import Any
 
 import numba
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -84,7 +83,7 @@ def compile_gemm(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
     """
     share, row_at = sharer(team), row_finder(reader.bits)
     round_tokens = rounder(rounding, team)
-    out_size = 4 if rounding.dtype == torch.float32 else 2
+    out_size = rounding.dtype.itemsize
     chunk_size, part_chunks = reader.columns, _COLUMNS // reader.columns
     row_bytes = part_chunks * _entry_bytes(reader)
     reserve_weights = reserver(_ROWS * row_bytes)

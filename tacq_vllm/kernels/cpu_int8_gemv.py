@@ -8,7 +8,6 @@ scaled: a lane lies inside one group, and inside one block of x.
 from typing import Any
 
 import numba
-import torch
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -63,7 +62,7 @@ def compile_gemv(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
     round_tokens = rounder(rounding, team)
     tokens = rounding.tile
     size, width, part = tokens * LANES * 4, reader.columns, _CHUNKS // tokens
-    out_size = 4 if rounding.dtype == torch.float32 else 2
+    out_size = rounding.dtype.itemsize
     reserve = reserver(_ROWS * size)
     add_chunks = _add_chunks(reader, tokens, dot)
     finish = _finish(reader, rounding, dot)

@@ -102,8 +102,13 @@ def splat(builder: Any, value: Any, kind: Any) -> Any:
 
 def pick(builder: Any, vector: Any, lanes: list[int]) -> Any:
     """The named lanes of a vector, as a vector."""
+    return pick_both(builder, vector, vector, lanes)
+
+
+def pick_both(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    """The named lanes of two vectors; those of the second have the higher numbers."""
     order = ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
-    return builder.shuffle_vector(vector, vector, order)
+    return builder.shuffle_vector(a, b, order)
 
 
 def zeroed(builder: Any) -> Any:
@@ -155,12 +160,8 @@ def lane_sums(builder: Any, vectors: list[Any]) -> Any:
 
 def _neighbour_sums(builder: Any, a: Any, b: Any) -> Any:
     """Sums of neighbouring lanes of a, then of b."""
-    order = ir.VectorType(I32, LANES)
     halves = [
-        builder.shuffle_vector(
-            a, b, ir.Constant(order, list(range(start, 2 * LANES, 2)))
-        )
-        for start in (0, 1)
+        pick_both(builder, a, b, list(range(start, 2 * LANES, 2))) for start in (0, 1)
     ]
     return builder.fadd(*halves)
 
@@ -225,7 +226,6 @@ def put_tokens(
 ) -> None:
     """Store one row's results, a vector of floats, in out [tokens, rows]."""
     stored = from_float(builder, values, dtype)
-    size = 4 if dtype == torch.float32 else 2
     for token in range(values.type.count):
-        place = builder.add(out, builder.mul(rows, I64(size * token)))
+        place = builder.add(out, builder.mul(rows, I64(dtype.itemsize * token)))
         put(builder, place, builder.extract_element(stored, I32(token)))

@@ -87,7 +87,7 @@ def rounder(rounding: Rounding, team: Team) -> Any:
     """
     share, wait = sharer(team), team.wait
     round_block, no_scale = _round_block(rounding), _no_scale()
-    size = 4 if rounding.dtype == torch.float32 else 2
+    size = rounding.dtype.itemsize
     block, span, tile = rounding.block, rounding.span, rounding.tile
     out_tile, chunk_size = rounding.out_tile, rounding.columns
 

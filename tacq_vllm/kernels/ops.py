@@ -13,14 +13,14 @@ import platform
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels.reference import linear_forward
 
 _LIBRARY = torch.library.Library("tacq", "DEF")
-# Registered by hand: the wrapper that `custom_op` makes costs more time than the
-# rest of a small linear's call.
+# Registered by hand: the wrapper that `custom_op` makes costs microseconds in each of
+# the hundreds of calls that a token takes.
 _LIBRARY.define(
     "linear(Tensor x, Tensor qweight, Tensor? qweight_high, Tensor scales, "
     "Tensor qzeros, Tensor? qzeros_high, Tensor outliers, Tensor? bias, int bits) "
@@ -81,16 +81,27 @@ def quantized_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Te
 
     The tensors must have passed `check_linear`: kernels trust their indices.
     """
+    return stored_linear(x, packed, packed.bits, bias)
+
+
+def stored_linear(
+    x: Tensor, holder: PackedLinear | nn.Module, bits: int, bias: Tensor | None
+) -> Tensor:
+    """`quantized_linear` with the tensors that something holds by their names.
+
+    A module need not make a `PackedLinear` of them for every call.
+    """
+    has_high = bits == 3
     out: Tensor = torch.ops.tacq.linear(
         x,
-        packed.qweight,
-        packed.qweight_high,
-        packed.scales,
-        packed.qzeros,
-        packed.qzeros_high,
-        packed.outliers,
+        holder.qweight,
+        holder.qweight_high if has_high else None,
+        holder.scales,
+        holder.qzeros,
+        holder.qzeros_high if has_high else None,
+        holder.outliers,
         bias,
-        packed.bits,
+        bits,
     )
     return out
 

@@ -30,7 +30,7 @@ from tacq_vllm.integrations.vllm.params import (
     PackedParameter,
     TrackedParameter,
 )
-from tacq_vllm.kernels.ops import prepare
+from tacq_vllm.kernels.ops import prepare, stored_linear
 
 
 @register_weight_loader_v2_supported_method
@@ -144,20 +144,7 @@ class TacqLinearMethod(LinearMethodBase):
         self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """Multiply x [..., in] with this rank's weight."""
-        bits = self.schema.bits
-        # The op itself: a PackedLinear made for every call would cost its time.
-        out: Tensor = torch.ops.tacq.linear(
-            x,
-            layer.qweight,
-            layer.qweight_high if bits == 3 else None,
-            layer.scales,
-            layer.qzeros,
-            layer.qzeros_high if bits == 3 else None,
-            layer.outliers,
-            bias,
-            bits,
-        )
-        return out
+        return stored_linear(x, layer, self.schema.bits, bias)
 
     def _packed(self, layer: torch.nn.Module) -> PackedLinear:
         tensors = {
