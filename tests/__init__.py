@@ -1,0 +1,3 @@
+from tests.interpreter import interpret_triton
+
+interpret_triton()

@@ -58,7 +58,7 @@ def supports(x: Tensor, packed: PackedLinear) -> bool:
     )
 
 
-def cpu_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     """Multiply x [..., in] with the weight: [..., out], in the type of x."""
     tokens = x.reshape(-1, packed.in_features).contiguous()
     if _rounds(x.dtype, packed):

@@ -3,20 +3,34 @@
 | device | kernel |
 | --- | --- |
 | x86 CPU, where numba is installed | `cpu_linear`: 8-bit activations, or exact |
+| NVIDIA GPU, where Triton is installed | `triton_linear` |
 | else | `reference`, in blocks of rows |
 """
 
 import functools
-import importlib
 import importlib.util
 import platform
-from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels.reference import linear_forward
+
+
+class Kernels(Protocol):
+    """What a module of kernels has for one kind of device."""
+
+    def supports(self, x: Tensor, packed: PackedLinear) -> bool:
+        """Whether the kernels serve these tensors."""
+
+    def multiply(self, x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
+        """Multiply x [..., in] with the weight: [..., out], in the type of x."""
+
+    def warm_up(self, packed: PackedLinear, x_dtype: torch.dtype) -> None:
+        """Compile what weights like these and x of a type need."""
+
 
 _LIBRARY = torch.library.Library("tacq", "DEF")
 # Registered by hand: the wrapper that `custom_op` makes costs microseconds in each of
@@ -51,11 +65,9 @@ def _linear(
         bits=bits,
         in_features=x.shape[-1],
     )
-    if x.device.type == "cpu":
-        cpu_linear = _cpu_module()
-        if cpu_linear is not None and cpu_linear.supports(x, packed):
-            result: Tensor = cpu_linear.cpu_linear(x, packed, bias)
-            return result
+    kernels = _kernels(x.device.type)
+    if kernels is not None and kernels.supports(x, packed):
+        return kernels.multiply(x, packed, bias)
     return linear_forward(x, packed, bias)
 
 
@@ -108,16 +120,24 @@ def stored_linear(
 
 def prepare(packed: PackedLinear, x_dtype: torch.dtype) -> None:
     """Compile, at load, the kernels that a linear will use for x of a type."""
-    if packed.qweight.device.type == "cpu":
-        cpu_linear = _cpu_module()
-        if cpu_linear is not None:
-            cpu_linear.warm_up(packed, x_dtype)
+    kernels = _kernels(packed.qweight.device.type)
+    if kernels is not None:
+        kernels.warm_up(packed, x_dtype)
 
 
 @functools.cache
-def _cpu_module() -> ModuleType | None:
-    """The numba kernels, which take a second to import, where they can run."""
-    if platform.machine() != "x86_64" or importlib.util.find_spec("numba") is None:
-        return None
-    module = importlib.import_module("tacq_vllm.kernels.cpu_linear")
-    return module if module.available() else None
+def _kernels(device_type: str) -> Kernels | None:
+    """The kernels of a kind of device, where they can run; they are slow to import."""
+    if device_type == "cpu" and platform.machine() == "x86_64" and _installed("numba"):
+        from tacq_vllm.kernels import cpu_linear
+
+        return cpu_linear if cpu_linear.available() else None
+    if device_type == "cuda" and torch.version.cuda and _installed("triton"):
+        from tacq_vllm.kernels import triton_linear
+
+        return triton_linear
+    return None
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

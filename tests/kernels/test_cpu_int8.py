@@ -15,7 +15,7 @@ from tacq_vllm.kernels import cpu_linear as kernel
 from tacq_vllm.kernels.cpu_chunks import supports_groups
 from tacq_vllm.kernels.cpu_dots import best_dot
 from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear
-from tacq_vllm.kernels.cpu_linear import cpu_linear
+from tacq_vllm.kernels.cpu_linear import multiply
 
 BITS = [2, 3, 4]
 BEST = best_dot()
@@ -71,7 +71,7 @@ def test_any_shape(
     )
     x = random_input(tokens, in_features, dtype=dtype)
 
-    out = cpu_linear(x, packed, None)
+    out = multiply(x, packed, None)
 
     assert out.dtype == dtype
     assert relative_error(out, x, dense) < 1.5e-2
@@ -141,7 +141,7 @@ def test_bits_do_not_depend_on_threads_or_runs(bits: int, tokens: int) -> None:
     packed, _ = random_linear(bits, 67, 576, 64, 0.03, torch.bfloat16, 5)
     x = random_input(tokens, 576, dtype=torch.bfloat16)
 
-    assert_bits_are_fixed(cpu_linear, x, packed)
+    assert_bits_are_fixed(multiply, x, packed)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -150,12 +150,12 @@ def test_a_token_does_not_see_its_neighbours(bits: int, group_size: int) -> None
     packed, _ = random_linear(bits, 33, 576, group_size, 0.03, torch.bfloat16, 6)
     x = random_input(40, 576, dtype=torch.bfloat16)
 
-    assert_tokens_are_apart(cpu_linear, x[:MAX_GEMV_TOKENS], packed)
-    many = cpu_linear(x, packed, None)
-    fewer = cpu_linear(x[11:22], packed, None)
+    assert_tokens_are_apart(multiply, x[:MAX_GEMV_TOKENS], packed)
+    many = multiply(x, packed, None)
+    fewer = multiply(x[11:22], packed, None)
     assert torch.equal(many[11:22], fewer)
     # Few and many tokens are summed up in different orders.
-    assert_is_close(cpu_linear(x[11:12], packed, None), many[11:12])
+    assert_is_close(multiply(x[11:12], packed, None), many[11:12])
 
 
 def test_zeros_and_numbers_that_are_none() -> None:
@@ -164,7 +164,7 @@ def test_zeros_and_numbers_that_are_none() -> None:
     x[1, 5] = torch.nan
     x[2, 40] = torch.inf
 
-    out = cpu_linear(x, packed, None)
+    out = multiply(x, packed, None)
 
     assert bool((out[[0, 3]] == 0).all())
     assert not bool(out[[1, 2]].isfinite().any())
@@ -175,16 +175,16 @@ def test_bias() -> None:
     x = random_input(3, 64, dtype=torch.bfloat16)
     bias = random_input(20, dtype=torch.bfloat16)
 
-    out = cpu_linear(x, packed, bias)
+    out = multiply(x, packed, bias)
 
-    assert torch.equal(out, cpu_linear(x, packed, None) + bias)
+    assert torch.equal(out, multiply(x, packed, None) + bias)
 
 
 def test_float32_is_exact() -> None:
     packed, dense = random_linear(3, 20, 64, 32, 0.02, torch.bfloat16, 9)
     x = random_input(3, 64, dtype=torch.float32)
 
-    assert_is_product(cpu_linear(x, packed, None), x, dense)
+    assert_is_product(multiply(x, packed, None), x, dense)
 
 
 def test_groups_across_chunks_are_exact() -> None:
@@ -192,21 +192,21 @@ def test_groups_across_chunks_are_exact() -> None:
     packed, dense = random_linear(2, 20, 96, 48, 0.02, torch.bfloat16, 9)
     x = random_input(3, 96, dtype=torch.bfloat16)
 
-    assert_is_product(cpu_linear(x, packed, None), x, dense)
+    assert_is_product(multiply(x, packed, None), x, dense)
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, dense = random_linear(3, 40, 64, 32, 0.02, torch.bfloat16, 10)
     x = random_input(3, 64, dtype=torch.bfloat16)
-    rounded = cpu_linear(x, packed, None)
+    rounded = multiply(x, packed, None)
     kernel.activations.cache_clear()
     monkeypatch.setenv(kernel.ACTIVATIONS_VARIABLE, "exact")
     try:
-        exact = cpu_linear(x, packed, None)
+        exact = multiply(x, packed, None)
         kernel.activations.cache_clear()
         monkeypatch.setenv(kernel.ACTIVATIONS_VARIABLE, "bf16")
         with pytest.raises(ValueError, match="TACQ_CPU_ACTIVATIONS=bf16: int8 or"):
-            cpu_linear(x, packed, None)
+            multiply(x, packed, None)
     finally:
         kernel.activations.cache_clear()
 

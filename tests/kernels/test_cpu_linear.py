@@ -14,7 +14,7 @@ if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
 from tacq_vllm.kernels import cpu_linear as kernel
-from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, cpu_linear, supports
+from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, multiply, supports
 
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 BITS = [2, 3, 4]
@@ -59,7 +59,7 @@ def test_any_shape(
     bias = random_input(out_features, dtype=x_dtype) if with_bias else None
     assert supports(x, packed)
 
-    assert_is_product(cpu_linear(x, packed, bias), x, dense, bias)
+    assert_is_product(multiply(x, packed, bias), x, dense, bias)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -80,7 +80,7 @@ def test_uneven_outliers(bits: int, density: float, rows: slice) -> None:
     )
     for tokens in (3, MAX_FUSED_TOKENS + 1):
         x = random_input(tokens, 64)
-        assert_is_product(cpu_linear(x, packed, None), x, dense)
+        assert_is_product(multiply(x, packed, None), x, dense)
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64), (3, 1, 5, 64)])
@@ -88,7 +88,7 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     packed, dense = random_linear(3, 21, 64, 32, 0.02, torch.float16, 2)
     x = random_input(*shape)
 
-    assert_is_product(cpu_linear(x, packed, None), x, dense)
+    assert_is_product(multiply(x, packed, None), x, dense)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_inputs_that_are_not_contiguous(view) -> None:
     packed, dense = random_linear(2, 21, 64, -1, 0.02, torch.float16, 3)
     x = view()
 
-    assert_is_product(cpu_linear(x, packed, None), x, dense)
+    assert_is_product(multiply(x, packed, None), x, dense)
 
 
 @pytest.mark.parametrize("block_weights", [1, 64, 7 * 64])
@@ -117,7 +117,7 @@ def test_blocks_of_any_size(
     x = random_input(MAX_FUSED_TOKENS + 1, 64)
     monkeypatch.setattr(kernel, "BLOCK_WEIGHTS", block_weights)
 
-    assert_is_product(cpu_linear(x, packed, None), x, dense)
+    assert_is_product(multiply(x, packed, None), x, dense)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -128,7 +128,7 @@ def test_shards_of_a_linear(bits: int) -> None:
     columns = [slice_columns(packed, 0, 64), slice_columns(packed, 64, 128)]
 
     assert supports(x, rows)
-    assert_is_product(cpu_linear(x, rows, None), x, dense[32:])
+    assert_is_product(multiply(x, rows, None), x, dense[32:])
     # Columns cut out of the planes are not contiguous: another kernel's work.
     assert not any(supports(x[:, :64], part) for part in columns)
 
@@ -140,7 +140,7 @@ def test_bits_do_not_depend_on_threads_or_runs(bits: int, tokens: int) -> None:
     packed, _ = random_linear(bits, 67, 256, 64, 0.03, torch.bfloat16, 5)
     x = random_input(tokens, 256)
 
-    assert_bits_are_fixed(cpu_linear, x, packed)
+    assert_bits_are_fixed(multiply, x, packed)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -148,7 +148,7 @@ def test_a_token_does_not_see_its_neighbours(bits: int) -> None:
     packed, _ = random_linear(bits, 33, 128, 32, 0.03, torch.bfloat16, 6)
     x = random_input(MAX_FUSED_TOKENS, 128)
 
-    assert_tokens_are_apart(cpu_linear, x, packed)
+    assert_tokens_are_apart(multiply, x, packed)
 
 
 def test_inputs_are_left_alone() -> None:
@@ -156,7 +156,7 @@ def test_inputs_are_left_alone() -> None:
     x = random_input(3, 64)
     before = [tensor.clone() for tensor in (x, *packed.tensors().values())]
 
-    cpu_linear(x, packed, None)
+    multiply(x, packed, None)
 
     after = (x, *packed.tensors().values())
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

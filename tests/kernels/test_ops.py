@@ -39,7 +39,7 @@ def test_every_number_of_tokens(bits: int, tokens: int) -> None:
 def test_without_numba_the_reference_serves(
     monkeypatch: pytest.MonkeyPatch, tokens: int, in_features: int
 ) -> None:
-    monkeypatch.setattr(ops, "_cpu_module", lambda: None)
+    monkeypatch.setattr(ops, "_kernels", lambda device_type: None)
     packed, _ = random_linear(3, 24, in_features, 16, 0.03, torch.float16, 1)
     x = random_input(tokens, in_features)
 

@@ -1,0 +1,68 @@
+"""Sizes of the Triton kernels' tiles, by class of GPU.
+
+They are fixed: nothing is tried out while a server starts or captures CUDA graphs. No
+table was measured yet: the only one holds what arithmetic and the compiled code suggest
+for data-center GPUs of compute capability 8.0 and later.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program works on, and with how many threads."""
+
+    rows: int
+    """Rows of the weight."""
+    columns: int
+    """Columns of the weight in one step."""
+    warps: int
+    stages: int
+    entries: int = 32
+    """Kept weights in one step."""
+
+
+@dataclass(frozen=True)
+class GemmTile(Tile):
+    """A tile of the product with several tokens."""
+
+    tokens: int = 16
+
+    def serves(self, count: int) -> bool:
+        """Whether so many tokens are one tile; the last of the table serves all."""
+        return count <= self.tokens
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The tiles of every kernel."""
+
+    gemv: Tile
+    gemm: tuple[GemmTile, ...]
+    """By tokens, ascending."""
+    dequantize: Tile
+    gemm_tokens: int
+    """Tokens up to which dequantizing into a workspace does not pay."""
+    programs: int
+    """Programs that fill the GPU: columns are split where there would be fewer."""
+
+
+_UNMEASURED = Tuning(
+    gemv=Tile(rows=16, columns=2048, warps=4, stages=2),
+    gemm=(
+        GemmTile(rows=64, columns=128, warps=4, stages=3, tokens=16),
+        GemmTile(rows=64, columns=128, warps=4, stages=3, tokens=32),
+        GemmTile(rows=64, columns=128, warps=4, stages=3, tokens=64),
+        GemmTile(rows=128, columns=128, warps=8, stages=3, tokens=128),
+    ),
+    dequantize=Tile(rows=4, columns=1024, warps=4, stages=2),
+    gemm_tokens=128,
+    programs=256,
+)
+
+_TABLES: dict[str, Tuning] = {}
+
+
+def tuning_for(gpu_class: str) -> Tuning:
+    """The table of a class of GPU, such as `sm90`."""
+    return _TABLES.get(gpu_class, _UNMEASURED)
