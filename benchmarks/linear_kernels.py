@@ -2,9 +2,10 @@
 
     python benchmarks/linear_kernels.py [--threads N] [--shapes smollm2] [--m 1,8]
 
-All kernels of a shape take turns in short bursts, so that what else the machine does
-hits them alike. Copies of each weight rotate, so that no cache flatters anyone, and the
-kept weights sit as a real TaCQ mask has them: half of the rows empty, a few rows with
+On a CPU all kernels of a shape take turns in short bursts, so that what else the
+machine does hits them alike; on a GPU (`--device cuda`) a CUDA graph multiplies with
+all copies of a weight. Copies rotate, so that no cache flatters anyone, and the kept
+weights sit as a real TaCQ mask has them: half of the rows empty, a few rows with
 hundreds. Writes a JSON list and prints a Markdown table.
 """
 
@@ -68,6 +69,7 @@ class Kernel:
 def main() -> None:
     """Run the matrix and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--m", default="1,8,16,64,256,2048")
@@ -79,8 +81,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
+    torch.set_default_device(arguments.device)
+    on_gpu = arguments.device == "cuda"
     bandwidth = read_bandwidth()
-    device = {"device": f"{cpu_name()}, {arguments.threads} threads"}
+    name = f"{cpu_name()}, {arguments.threads} threads"
+    device = {"device": torch.cuda.get_device_name() if on_gpu else name}
+    ways = ["triton"] if on_gpu else arguments.activations.split(",")
     rows: list[dict[str, Any]] = []
     for n, k in (nk for name in arguments.shapes.split(",") for nk in SHAPES[name]):
         kernels = [
@@ -89,12 +95,11 @@ def main() -> None:
                 kernel
                 for size in map(int, arguments.group_sizes.split(","))
                 for bits in map(int, arguments.bits.split(","))
-                for kernel in packed_kernels(
-                    n, k, bits, size, arguments.activations.split(",")
-                )
+                for kernel in packed_kernels(n, k, bits, size, ways)
             ),
-            torch_int4_kernel(n, k, 64),
         ]
+        if not on_gpu:
+            kernels.append(torch_int4_kernel(n, k, 64))
         for m in map(int, arguments.m.split(",")):
             for row in time_kernels(kernels, m, n, k, bandwidth):
                 rows.append(device | row)
@@ -106,7 +111,7 @@ def main() -> None:
 
 
 def sixteen_bit_kernels(n: int, k: int) -> Iterator[Kernel]:
-    """PyTorch's products in bfloat16."""
+    """PyTorch's products in bfloat16, and the one in float32."""
     weights = [
         torch.randn(n, k, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))
     ]
@@ -118,6 +123,8 @@ def sixteen_bit_kernels(n: int, k: int) -> Iterator[Kernel]:
 
     yield kernel("torch_linear_bf16", linear)
     yield kernel("torch_mv_bf16", lambda x, weight: torch.mv(weight, x[0])[None])
+    floats = [weight.float() for weight in weights[: copies(4 * n * k)]]
+    yield Kernel("torch_linear_fp32", 32, 0, floats, linear_float, dense, 4 * n * k)
 
 
 def packed_kernels(
@@ -156,22 +163,23 @@ def torch_int4_kernel(n: int, k: int, group_size: int) -> Kernel:
     )
 
 
+def linear_float(x: Tensor, weight: Tensor) -> Tensor:
+    """The product in float32 of x in 16 bits."""
+    return linear(x.float(), weight).to(x.dtype)
+
+
 def copies(nbytes: int) -> int:
     """Copies of a weight that no cache holds."""
     return max(2, ROTATED_BYTES // nbytes)
 
 
-def time_kernels(
-    kernels: list[Kernel], m: int, n: int, k: int, bandwidth: float
-) -> Iterator[dict[str, Any]]:
-    """Time x [m, k] times every kernel's weight, in turns."""
-    x = torch.randn(m, k, dtype=torch.bfloat16)
-    kernels = [kernel for kernel in kernels if m == 1 or kernel.name != "torch_mv_bf16"]
+def cpu_seconds(kernels: list[Kernel], x: Tensor) -> list[float]:
+    """Median times of the products, the kernels taking turns."""
     seconds: list[list[float]] = [[] for _ in kernels]
     for kernel in kernels:
         with kernel.chosen():
             kernel.multiply(x, kernel.weights[0])
-    turn, burst = 0, BURST if m <= 64 else 1
+    turn, burst = 0, BURST if x.shape[0] <= 64 else 1
     while turn < 2 or min(map(sum, seconds)) < MIN_SECONDS:
         for kernel, times in zip(kernels, seconds, strict=True):
             with kernel.chosen():
@@ -181,7 +189,38 @@ def time_kernels(
                     kernel.multiply(x, weight)
                     times.append(time.perf_counter() - start)
         turn += 1
-    medians = list(map(statistics.median, seconds))
+    return list(map(statistics.median, seconds))
+
+
+def gpu_seconds(kernel: Kernel, x: Tensor) -> float:
+    """Median time of a product in a CUDA graph that goes through all copies."""
+    for weight in kernel.weights[:2]:
+        kernel.multiply(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in kernel.weights:
+            kernel.multiply(x, weight)
+    times = []
+    while len(times) < 5 or sum(times) < MIN_SECONDS:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1000)
+    return statistics.median(times) / len(kernel.weights)
+
+
+def time_kernels(
+    kernels: list[Kernel], m: int, n: int, k: int, bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    """Time x [m, k] times every kernel's weight, in turns."""
+    x = torch.randn(m, k, dtype=torch.bfloat16)
+    kernels = [kernel for kernel in kernels if m == 1 or kernel.name != "torch_mv_bf16"]
+    if x.is_cuda:
+        medians = [gpu_seconds(kernel, x) for kernel in kernels]
+    else:
+        medians = cpu_seconds(kernels, x)
     baseline = min(
         median
         for kernel, median in zip(kernels, medians, strict=True)
@@ -211,7 +250,7 @@ def read_bandwidth() -> float:
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        tensor.sum()
+        float(tensor.sum())
         seconds.append(time.perf_counter() - start)
     return tensor.nbytes / statistics.median(seconds)
 

@@ -6,6 +6,7 @@ on the device, while it is resident: so a model needs memory for one decoder blo
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -262,27 +263,33 @@ def _open_files(
     if source.gguf:
         path = source.folder / source.gguf
         status = path.stat()
-        depends = [str(path), status.st_size, status.st_mtime_ns]
-        converted = _convert(source, workdir, {"gguf": depends})
+        stamp = [str(path), status.st_size, status.st_mtime_ns]
+        # Every time that Transformers reads a GGUF header costs seconds.
+        arguments = {
+            "config": deepcopy(skeleton.config),
+            "dtype": torch.float32,
+            "quantization_config": GgufConfig(dequantize=True),
+        }
+        converted = _convert(source, workdir, {"gguf": stamp}, arguments)
         return converted, converted
     published = open_weights(source.folder)
     tied = skeleton.all_tied_weights_keys
     names = [name for name, _ in skeleton.named_parameters() if name not in tied]
     if all(name in published for name in names):
         return published, published
-    return published, _convert(source, workdir, {"files": published.fingerprint()})
+    depends = {"files": published.fingerprint()}
+    return published, _convert(source, workdir, depends, {"dtype": "auto"})
 
 
-def _convert(source: _Source, workdir: WorkDir, depends: dict[str, Any]) -> WeightFiles:
+def _convert(
+    source: _Source,
+    workdir: WorkDir,
+    depends: dict[str, Any],
+    arguments: dict[str, Any],
+) -> WeightFiles:
     """Let Transformers read the model, and store it by the names of its modules."""
     final = workdir.folder / f"weights-{fingerprint(depends)[:16]}"
     if not final.is_dir():
-        arguments: dict[str, Any] = {"dtype": "auto"}
-        if source.gguf:
-            arguments = {
-                "dtype": torch.float32,
-                "quantization_config": GgufConfig(dequantize=True),
-            }
         model, loading = AutoModelForCausalLM.from_pretrained(
             **source.arguments, **arguments, output_loading_info=True
         )
