@@ -9,27 +9,17 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
+
+from tacq_vllm.terminal import err, open_listener, out
 
 if TYPE_CHECKING:
     import torch
 
     from tacq_vllm.format.inspection import Inspection
-    from tacq_vllm.quantize.progress import Listener
 
 app = typer.Typer(
     name="tacq",
@@ -38,8 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True, soft_wrap=True)
 
 CheckpointFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)
@@ -168,7 +156,7 @@ def quantize(
         with (
             open_world(_torch_device(device)) as (world, own_device),
             open_workdir(work_dir, output, world) as folder,
-            _listener(world.leads) as listener,
+            open_listener(world.leads) as listener,
         ):
             with world.leader_first():
                 base = open_base_model(model, own_device, folder)
@@ -223,80 +211,6 @@ def verify(checkpoint: CheckpointFolder) -> None:
     if faults:
         raise typer.Exit(1)
     typer.echo(f"{checkpoint}: whole")
-
-
-class RichListener:
-    """A progress bar per phase, for a terminal."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._tasks: dict[str, TaskID] = {}
-
-    def phase_started(self, name: str, total: int) -> None:
-        """Add a bar."""
-        self._tasks[name] = self._bars.add_task(name, total=total, detail="")
-
-    def phase_advanced(self, name: str, steps: int, detail: str) -> None:
-        """Move the bar."""
-        self._bars.update(self._tasks[name], advance=steps, detail=detail)
-
-    def phase_finished(self, name: str, seconds: float) -> None:
-        """Leave the bar full."""
-        self._bars.update(self._tasks[name], detail="")
-
-    def noted(self, text: str) -> None:
-        """Print the line above the bars."""
-        self._bars.console.print(text, highlight=False, markup=False)
-
-
-class LogListener:
-    """A plain line per step, with time left, for a log file."""
-
-    def __init__(self) -> None:
-        self._total = self._done = 0
-        self._start = 0.0
-
-    def phase_started(self, name: str, total: int) -> None:
-        """Begin counting."""
-        self._total, self._done, self._start = total, 0, perf_counter()
-        err.print(f"{name}: {total} steps", highlight=False)
-
-    def phase_advanced(self, name: str, steps: int, detail: str) -> None:
-        """Print the step."""
-        self._done += steps
-        left = (perf_counter() - self._start) / self._done * (self._total - self._done)
-        err.print(
-            f"{name} {self._done}/{self._total}  {detail}  {left:.0f} s left",
-            highlight=False,
-        )
-
-    def phase_finished(self, name: str, seconds: float) -> None:
-        """Print how long the phase took."""
-        err.print(f"{name}: {seconds:.1f} s", highlight=False)
-
-    def noted(self, text: str) -> None:
-        """Print the line."""
-        err.print(text, highlight=False, markup=False)
-
-
-@contextmanager
-def _listener(leads: bool) -> "Iterator[Listener | None]":
-    if not leads:
-        yield None
-        return
-    if not err.is_terminal:
-        yield LogListener()
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
-    )
-    with Progress(*columns, console=err) as bars:
-        yield RichListener(bars)
 
 
 @contextmanager

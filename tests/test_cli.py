@@ -14,12 +14,13 @@ from rich.progress import Progress
 from typer.testing import CliRunner, Result
 
 from tacq_vllm import __version__
-from tacq_vllm.cli import RichListener, app
+from tacq_vllm.cli import app
 from tacq_vllm.config import Recipe
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize.progress import Progress as RunProgress
+from tacq_vllm.terminal import RichListener
 from tests.builders import quantize_arguments, rewrite_tensors, truncate
 from tests.conftest import make_chat_tokenizer
 

@@ -1,0 +1,98 @@
+"""How progress looks: bars on a terminal, lines in a log."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+if TYPE_CHECKING:
+    from tacq_vllm.quantize.progress import Listener
+
+out = Console()
+err = Console(stderr=True, soft_wrap=True)
+
+
+class RichListener:
+    """A progress bar per phase, for a terminal."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def phase_started(self, name: str, total: int) -> None:
+        """Add a bar."""
+        self._tasks[name] = self._bars.add_task(name, total=total, detail="")
+
+    def phase_advanced(self, name: str, steps: int, detail: str) -> None:
+        """Move the bar."""
+        self._bars.update(self._tasks[name], advance=steps, detail=detail)
+
+    def phase_finished(self, name: str, seconds: float) -> None:
+        """Leave the bar full."""
+        self._bars.update(self._tasks[name], detail="")
+
+    def noted(self, text: str) -> None:
+        """Print the line above the bars."""
+        self._bars.console.print(text, highlight=False, markup=False)
+
+
+class LogListener:
+    """A plain line per step, with time left, for a log file."""
+
+    def __init__(self) -> None:
+        self._total = self._done = 0
+        self._start = 0.0
+
+    def phase_started(self, name: str, total: int) -> None:
+        """Begin counting."""
+        self._total, self._done, self._start = total, 0, perf_counter()
+        err.print(f"{name}: {total} steps", highlight=False)
+
+    def phase_advanced(self, name: str, steps: int, detail: str) -> None:
+        """Print the step."""
+        self._done += steps
+        left = (perf_counter() - self._start) / self._done * (self._total - self._done)
+        err.print(
+            f"{name} {self._done}/{self._total}  {detail}  {left:.0f} s left",
+            highlight=False,
+        )
+
+    def phase_finished(self, name: str, seconds: float) -> None:
+        """Print how long the phase took."""
+        err.print(f"{name}: {seconds:.1f} s", highlight=False)
+
+    def noted(self, text: str) -> None:
+        """Print the line."""
+        err.print(text, highlight=False, markup=False)
+
+
+@contextmanager
+def open_listener(leads: bool) -> "Iterator[Listener | None]":
+    """What shows the progress of a process; None where another one leads."""
+    if not leads:
+        yield None
+        return
+    if not err.is_terminal:
+        yield LogListener()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=err) as bars:
+        yield RichListener(bars)
