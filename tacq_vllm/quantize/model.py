@@ -55,6 +55,8 @@ class BaseModel:
     """By the names that the modules have."""
     published: WeightFiles
     """By the names that they were published under: mostly the same files."""
+    hub_id: str | None
+    """What the Hub calls it; None where it did not come from there."""
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -231,6 +233,7 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
         owner, _, leaf = name.rpartition(".")
         skeleton.get_submodule(owner)._buffers[leaf] = values.to(device)
     path = Path(model)
+    is_local = source.gguf is not None or path.is_dir()
     name = path.absolute().name if path.is_dir() else model
     return BaseModel(
         name=path.stem if source.gguf else name,
@@ -240,6 +243,7 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
         device=device,
         weights=weights,
         published=published,
+        hub_id=None if is_local else model,
     )
 
 

@@ -1,0 +1,71 @@
+"""What the Hub and its client refuse, in one line each."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+# The base class of the HTTP library that this huggingface_hub is built on.
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+class HubError(ValueError):
+    """The Hub does not give or take something; the message says what to do."""
+
+
+@contextmanager
+def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Tell in one line what the client raises within the body.
+
+    Raises:
+        HubError: naming the repo and the remedy.
+    """
+    try:
+        yield
+    except HubError:
+        raise
+    except GatedRepoError as error:
+        raise HubError(
+            f"{repo_id}: gated; ask for access on its page, then log in with "
+            "`hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(f"{repo_id}: no revision {revision!r} on the Hub") from error
+    except HfHubHTTPError as error:
+        # The Hub answers so, too, to those who may not know whether a repo exists.
+        if error.response.status_code == 401:
+            raise HubError(
+                f"{repo_id}: private, or not on the Hub; log in with `hf auth login` "
+                "or set HF_TOKEN"
+            ) from error
+        if isinstance(error, RepositoryNotFoundError):
+            raise HubError(
+                f"{repo_id}: neither a folder here nor a repo on the Hub that you see"
+            ) from error
+        raise HubError(f"{repo_id}: {one_line(error)}") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise HubError(
+            f"{repo_id}: not whole in the cache, and the Hub is out of reach; run this "
+            "again with a connection, HF_HUB_OFFLINE unset"
+        ) from error
+    except RuntimeError as error:
+        # What the client makes of a transfer that broke.
+        raise HubError(
+            f"{repo_id}: {one_line(error)} The same command goes on where this one "
+            "stopped"
+        ) from error
+    except (HTTP_ERROR, EntryNotFoundError, OSError, ValueError) as error:
+        raise HubError(f"{repo_id}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, its lines joined."""
+    return " ".join(str(error).split()) or type(error).__name__
