@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from tacq_vllm.format.inspection import Inspection
+    from tacq_vllm.hub.push import Push
 
 app = typer.Typer(
     name="tacq",
@@ -29,8 +30,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-CheckpointFolder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)
+CheckpointName = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR_OR_REPO",
+        help="A checkpoint folder, or a Hub id.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a repo on the Hub.")
 ]
 
 
@@ -166,7 +175,9 @@ def quantize(
                 output,
                 folder,
                 RunProgress(listener),
-                lambda staged, schema: write_model_card(staged, schema, base.name),
+                lambda staged, schema: write_model_card(
+                    staged, schema, base.name, base.hub_id, base.published.folder
+                ),
                 data_root,
                 world,
             )
@@ -176,22 +187,26 @@ def quantize(
 
 @app.command()
 def inspect(
-    checkpoint: CheckpointFolder,
+    checkpoint: CheckpointName,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw where the kept weights sit (.png).")
     ] = None,
+    revision: Revision = None,
 ) -> None:
     """Show effective bits, bytes and kept weights, counted from the files."""
     with _one_line_errors():
         from tacq_vllm.format.inspection import inspect_checkpoint
+        from tacq_vllm.hub.pull import checkpoint_headers
 
-        figures = inspect_checkpoint(checkpoint)
+        with checkpoint_headers(checkpoint, revision) as folder:
+            figures = inspect_checkpoint(folder)
         if plot is not None:
             from tacq_vllm.format.plot import plot_outliers
 
+            folder = _whole_checkpoint(checkpoint, revision)
             try:
-                plot_outliers(checkpoint, figures, plot)
+                plot_outliers(folder, figures, plot)
             except ValueError as error:
                 raise InputError(f"{plot}: {error}") from error
         if as_json:
@@ -201,11 +216,12 @@ def inspect(
 
 
 @app.command()
-def verify(checkpoint: CheckpointFolder) -> None:
+def verify(checkpoint: CheckpointName, revision: Revision = None) -> None:
     """Name everything that a loader would refuse; exit code 1 if there is anything."""
-    from tacq_vllm.format.validation import find_faults
+    with _one_line_errors():
+        from tacq_vllm.format.validation import find_faults
 
-    faults = find_faults(checkpoint)
+        faults = find_faults(_whole_checkpoint(checkpoint, revision))
     for fault in faults:
         typer.echo(fault)
     if faults:
@@ -213,16 +229,45 @@ def verify(checkpoint: CheckpointFolder) -> None:
     typer.echo(f"{checkpoint}: whole")
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.")],
+    repo_id: Annotated[str, typer.Argument(help="`user/name`; made if it is new.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repo private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to push to; made if it is new.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show files and card; upload nothing.")
+    ] = False,
+) -> None:
+    """Upload a checkpoint to the Hub, and make or update its model card."""
+    with _one_line_errors():
+        from tacq_vllm.hub.push import plan_push, upload
+
+        _quiet_client()
+        plan = plan_push(folder, repo_id, private, revision)
+        if dry_run:
+            _print_push(plan)
+        else:
+            typer.echo(upload(plan))
+
+
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """Bad input: one line that says what is wrong, exit code 2."""
     from tacq_vllm.config import RecipeError
     from tacq_vllm.format.schema import FormatError
+    from tacq_vllm.hub.errors import HubError
     from tacq_vllm.quantize.errors import QuantizeError
+    from tacq_vllm.scores import ScoresError
 
+    expected = (FormatError, RecipeError, QuantizeError, HubError, ScoresError)
     try:
         yield
-    except (FormatError, RecipeError, QuantizeError, InputError, OSError) as error:
+    except (*expected, InputError, OSError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         _fail(f"{error}: pip install 'tacq-vllm[quantize,plots]'")
@@ -247,6 +292,38 @@ def _torch_device(option: DeviceOption) -> "torch.device":
         raise InputError("--device cuda, but PyTorch sees no CUDA device")
     use_cuda = available and option is not DeviceOption.cpu
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def _whole_checkpoint(checkpoint: str, revision: str | None) -> Path:
+    """A checkpoint's folder; a repo of the Hub is downloaded, which is told."""
+    from tacq_vllm.hub.pull import checkpoint_folder
+
+    _quiet_client()
+    return checkpoint_folder(
+        checkpoint, revision, lambda text: err.print(text, highlight=False)
+    )
+
+
+def _quiet_client() -> None:
+    """Without a terminal, no bars of the Hub's client between our lines."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not err.is_terminal:
+        disable_progress_bars()
+
+
+def _print_push(plan: "Push") -> None:
+    for name, nbytes in plan.sizes.items():
+        typer.echo(f"{nbytes:>15,}  {name}")
+    for name in plan.deleted:
+        typer.echo(f"{'deleted':>15}  {name}")
+    where = "a new private repo" if plan.private else "a new repo"
+    if not plan.makes_repo:
+        where = "a new branch" if plan.makes_branch else "the repo"
+    typer.echo(
+        f"{sum(plan.sizes.values()):>15,}  bytes for {plan.repo_id}, branch "
+        f"{plan.branch}, {where}; its card:\n\n{plan.card}"
+    )
 
 
 def _print_summary(folder: Path) -> None:

@@ -62,11 +62,11 @@ def test_help_is_instant() -> None:
     # The fastest, for others may be at work on the machine.
     assert min(seconds) < 2
     assert result.returncode == 0
-    for command in ("quantize", "inspect", "verify"):
+    for command in ("quantize", "inspect", "verify", "push"):
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["quantize", "inspect", "verify", "push"])
 def test_help_of_commands(command: str) -> None:
     result = tacq(command, "--help")
 

@@ -1,0 +1,109 @@
+"""The command line, in processes that take a server on loopback for the Hub."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tacq_vllm.format.checkpoint import WEIGHTS_NAME, CheckpointWriter
+from tests.hub_server import TOKEN, Hub, hub_server
+
+_COMMANDS = """
+import json, sys
+import huggingface_hub  # Its log goes to this process's stderr, not to a command's.
+from typer.testing import CliRunner
+from tacq_vllm.cli import app
+outcomes = []
+for arguments in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result
+    outcomes.append([result.exit_code, result.stdout, result.stderr])
+print(json.dumps(outcomes))
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+Tacq = Callable[..., list[Outcome]]
+
+
+@pytest.fixture(scope="session")
+def sharded(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint in several shards; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("sharded") / "tiny-TaCQ-w3"
+    ignore = shutil.ignore_patterns(WEIGHTS_NAME)
+    shutil.copytree(tiny_checkpoint, folder, ignore=ignore)
+    writer = CheckpointWriter(folder, max_shard_bytes=20_000)
+    for name, tensor in load_file(tiny_checkpoint / WEIGHTS_NAME).items():
+        writer.add(name, tensor)
+    writer.close()
+    return folder
+
+
+@pytest.fixture
+def copy(sharded: Path, tmp_path: Path) -> Path:
+    """A copy of the sharded checkpoint to change."""
+    return Path(shutil.copytree(sharded, tmp_path / "tiny-TaCQ-w3"))
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with hub_server() as server:
+        yield server
+
+
+@pytest.fixture
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """Of a client with a token and an empty cache."""
+    return os.environ | hub.environment(tmp_path / "hf")
+
+
+@pytest.fixture
+def tacq(environment: dict[str, str]) -> Tacq:
+    """Run commands one after the other in a process, which imports the client anew."""
+
+    def run(*commands: list[str | Path], **variables: str) -> list[Outcome]:
+        arguments = [[str(part) for part in command] for command in commands]
+        result = run_python(_COMMANDS, environment | variables, json.dumps(arguments))
+        log = result.stderr.splitlines()
+        assert [line for line in log if "No files have been modified" not in line] == []
+        return [Outcome(*outcome) for outcome in json.loads(result.stdout)]
+
+    return run
+
+
+def run_python(
+    code: str, environment: dict[str, str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a process, which must not fail or tell the token."""
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert TOKEN not in result.stdout + result.stderr
+    return result
+
+
+def assert_one_line(outcome: Outcome, reason: str) -> None:
+    """Exit code 2, one line that says what is wrong, and nothing else."""
+    assert outcome.exit_code == 2
+    assert outcome.stdout == ""
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("tacq: ")
+    assert reason in line

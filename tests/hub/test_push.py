@@ -1,0 +1,292 @@
+"""`tacq push` by the real client, to a Hub on loopback."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tacq_vllm.format.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from tacq_vllm.hub.merge import BEGIN, CARD_NAME
+from tests.builders import truncate
+from tests.hub.conftest import Tacq, assert_one_line, run_python
+from tests.hub_server import TOKEN, Hub
+
+TACQ = Path(sys.executable).with_name("tacq")
+
+PARAGRAPH = (
+    "I asked it about rivers: it knows them all.\n\n```\nname a river\n\nthe Elbe\n```"
+)
+
+RACE = """
+import sys
+from pathlib import Path
+from huggingface_hub import HfApi
+from tacq_vllm.hub.errors import HubError
+from tacq_vllm.hub.push import plan_push, upload
+plan = plan_push(Path(sys.argv[1]), "org/raced", False, None)
+HfApi().upload_file(
+    path_or_fileobj=b"New.", path_in_repo="README.md", repo_id="org/raced"
+)
+try:
+    upload(plan)
+except HubError as error:
+    print(error)
+"""
+
+
+def shard_hashes(folder: Path) -> set[str]:
+    return {
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.glob("*.safetensors")
+    }
+
+
+def folder_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def card_of(hub: Hub, repo_id: str, branch: str = "main") -> ModelCard:
+    return ModelCard(hub.repos[repo_id].files(branch)[CARD_NAME].decode())
+
+
+def test_every_file_arrives_with_the_repo_in_the_card(
+    hub: Hub, tacq: Tacq, sharded: Path, tmp_path: Path
+) -> None:
+    before = folder_files(sharded)
+
+    (result,) = tacq(["push", sharded, "org/whole"])
+
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"{hub.url}/org/whole/commit/")
+    assert folder_files(sharded) == before
+    files = hub.repos["org/whole"].files()
+    assert files.keys() == {*before, ".gitattributes"}
+    assert all(files[name] == before[name] for name in before if name != CARD_NAME)
+    card = card_of(hub, "org/whole")
+    assert "vllm serve org/whole\n" in card.text
+    assert 'from_pretrained("org/whole")' in card.text
+    assert not hub.repos["org/whole"].private
+    # The client reads the token; nobody writes it.
+    cached = [path for path in (tmp_path / "hf").rglob("*") if path.is_file()]
+    stored = [*files.values(), *(path.read_bytes() for path in cached)]
+    assert not any(TOKEN.encode() in content for content in stored)
+
+
+def test_a_killed_upload_goes_on_where_it_was(
+    hub: Hub, tacq: Tacq, environment: dict[str, str], sharded: Path
+) -> None:
+    hub.objects.clear()
+    hub.was_cut.clear()
+    hub.whole_uploads = 2
+    process = subprocess.Popen(
+        [TACQ, "push", sharded, "org/killed"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert hub.was_cut.wait(120)
+    deadline = time.monotonic() + 60
+    while len(hub.objects) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    hub.whole_uploads = -1
+    arrived = set(hub.objects)
+    assert len(arrived) == 2
+    assert hub.repos["org/killed"].files().keys() == {".gitattributes"}
+    earlier = len(hub.requests)
+
+    (result,) = tacq(["push", sharded, "org/killed"])
+
+    assert result.exit_code == 0, result.stderr
+    sent = [request.path for request in hub.requests[earlier:]]
+    sent = [path.removeprefix("/lfs/") for path in sent if path.startswith("/lfs/")]
+    assert sorted(sent) == sorted(shard_hashes(sharded) - arrived)
+    assert shard_hashes(sharded) <= set(hub.objects)
+    assert hub.repos["org/killed"].files().keys() >= set(folder_files(sharded)) - {
+        CARD_NAME
+    }
+
+
+def test_a_second_push_keeps_what_a_person_added(
+    hub: Hub, tacq: Tacq, copy: Path
+) -> None:
+    tacq(["push", copy, "org/edited"])
+    repo = hub.repos["org/edited"]
+    text = repo.files()[CARD_NAME].decode()
+    text = text.replace("---\n", "---\n# Of a person\nlanguage: en # or so\n", 1)
+    text = text.replace("- 3-bit\n", "- 3-bit\n- rivers\n")
+    hub.add("org/edited", repo.files() | {CARD_NAME: f"{text}\n{PARAGRAPH}\n".encode()})
+    (copy / "report.jsonl").write_text("{}\n")
+    local = (copy / CARD_NAME).read_text()
+    (copy / CARD_NAME).write_text(local.replace(BEGIN, f"Mine.\n\n{BEGIN}"))
+
+    outcomes = tacq(["push", copy, "org/edited"], ["push", copy, "org/edited"])
+
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0]
+    files = hub.repos["org/edited"].files()
+    assert files["report.jsonl"] == b"{}\n"
+    new = files[CARD_NAME].decode()
+    assert new == f"{text}\n{PARAGRAPH}\n\nMine.\n"
+
+
+def test_dry_run_uploads_nothing(hub: Hub, tacq: Tacq, sharded: Path) -> None:
+    hub.add("org/old", {CARD_NAME: b"Of a person.", WEIGHTS_NAME: b"old"})
+    before = len(hub.requests), dict(hub.objects), hub.repos["org/old"].files()
+
+    new, old, branch = tacq(
+        ["push", sharded, "org/new", "--private", "--dry-run"],
+        ["push", sharded, "org/old", "--dry-run"],
+        ["push", sharded, "org/old", "--revision", "other", "--dry-run"],
+    )
+
+    assert all(request.method != "PUT" for request in hub.requests[before[0] :])
+    assert all(request.method != "POST" for request in hub.requests[before[0] :])
+    assert (dict(hub.objects), hub.repos["org/old"].files()) == before[1:]
+    assert "org/new" not in hub.repos
+    for path in sharded.glob("*.safetensors"):
+        assert f"{path.stat().st_size:>15,}  {path.name}\n" in new.stdout
+    assert "for org/new, branch main, a new private repo; its card:" in new.stdout
+    assert "\n---\nlibrary_name: transformers\n" in new.stdout
+    assert "vllm serve org/new\n" in new.stdout
+    assert f"        deleted  {WEIGHTS_NAME}\n" in old.stdout
+    assert "for org/old, branch main, the repo; its card:" in old.stdout
+    assert "\nOf a person.\n" in old.stdout
+    assert "for org/old, branch other, a new branch; its card:" in branch.stdout
+
+
+def test_a_branch_that_is_new(hub: Hub, tacq: Tacq, sharded: Path) -> None:
+    results = tacq(
+        ["push", sharded, "org/branched", "--revision", "w3"],
+        ["push", sharded, "org/branched", "--revision", "w3"],
+        ["inspect", "org/branched", "--revision", "w3"],
+    )
+
+    assert [result.exit_code for result in results] == [0, 0, 0]
+    repo = hub.repos["org/branched"]
+    assert repo.files("main").keys() == {".gitattributes"}
+    assert repo.files("w3").keys() >= {CARD_NAME, INDEX_NAME}
+
+
+def test_weight_files_of_an_earlier_push_go(
+    hub: Hub, tacq: Tacq, sharded: Path, tiny_checkpoint: Path
+) -> None:
+    results = tacq(
+        ["push", sharded, "org/remade"],
+        ["push", tiny_checkpoint, "org/remade"],
+        ["verify", "org/remade"],
+    )
+
+    assert [result.exit_code for result in results] == [0, 0, 0]
+    names = hub.repos["org/remade"].files().keys()
+    assert [name for name in names if "safetensors" in name] == [WEIGHTS_NAME]
+
+
+def test_what_is_hidden_stays_here(hub: Hub, tacq: Tacq, copy: Path) -> None:
+    (copy / ".cache").mkdir()
+    (copy / ".cache" / "notes").write_text("private")
+    (copy / ".env").write_text("private")
+    (copy / "extra").mkdir()
+    (copy / "extra" / "plot.txt").write_text("public")
+
+    tacq(["push", copy, "org/hidden"])
+
+    names = hub.repos["org/hidden"].files().keys()
+    assert "extra/plot.txt" in names
+    assert {name for name in names if name.startswith(".")} == {".gitattributes"}
+
+
+def test_what_is_refused(hub: Hub, tacq: Tacq, copy: Path, tmp_path: Path) -> None:
+    hub.add("org/public", {})
+    damaged = Path(shutil.copytree(copy, tmp_path / "damaged"))
+    truncate(next(damaged.glob("*.safetensors")))
+    scored = Path(shutil.copytree(copy, tmp_path / "scored"))
+    (scored / "scores.json").write_text("{}")
+    headed = Path(shutil.copytree(copy, tmp_path / "headed"))
+    (headed / CARD_NAME).write_text("---\ntags: [\n---\n")
+
+    outcomes = tacq(
+        ["push", damaged, "org/x"],
+        ["push", tmp_path / "nowhere", "org/x"],
+        ["push", scored, "org/x"],
+        ["push", headed, "org/x"],
+        ["push", copy, "org/public", "--private"],
+        ["push", copy, "tiny"],
+        ["push", copy, "org/a--b"],
+    )
+
+    reasons = [
+        "safetensors: truncated or not safetensors",
+        "nowhere/config.json: the file is missing; see `tacq verify`",
+        "scores.json: scores: Field required",
+        "README.md: its metadata is not valid, mend it first: ",
+        "org/public: is public already; make it private on its page",
+        "tiny: whose? give it as `user/tiny`",
+        "org/a--b: ",
+    ]
+    for outcome, reason in zip(outcomes, reasons, strict=True):
+        assert_one_line(outcome, reason)
+    assert "org/x" not in hub.repos
+    assert hub.repos["org/public"].files() == {}
+
+
+def test_without_a_token(hub: Hub, tacq: Tacq, sharded: Path) -> None:
+    (outcome,) = tacq(["push", sharded, "org/nobody"], HF_TOKEN="")
+
+    assert_one_line(outcome, "org/nobody: private, or not on the Hub; log in with")
+    assert "org/nobody" not in hub.repos
+
+
+def test_a_card_that_is_edited_meanwhile(
+    hub: Hub, environment: dict[str, str], sharded: Path
+) -> None:
+    hub.add("org/raced", {CARD_NAME: b"Of a person."})
+
+    result = run_python(RACE, environment, str(sharded))
+
+    assert result.stdout.startswith("org/raced: ")
+    assert "412" in result.stdout
+    assert hub.repos["org/raced"].files()[CARD_NAME] == b"New."
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_visibility(hub: Hub, tacq: Tacq, sharded: Path, private: bool) -> None:
+    repo_id = f"org/visible-{private}"
+
+    tacq(["push", sharded, repo_id, *(["--private"] if private else [])])
+
+    assert hub.repos[repo_id].private is private
+
+
+def test_quantizing_a_model_of_the_hub(
+    hub: Hub, tacq: Tacq, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    card = (
+        b"---\nlicense: other\nlicense_name: river\nlicense_link: LICENSE\n---\nBase.\n"
+    )
+    hub.add("org/base", folder_files(tiny_model) | {CARD_NAME: card})
+    command = ["quantize", "org/base", "--output", tmp_path / "out", "--device", "cpu"]
+    options = "--method gptq --group-size 32 --num-samples 2 --seq-len 32".split()
+
+    made, pushed = tacq(
+        [*command, "--calibration", text_file, *options],
+        ["push", tmp_path / "out", "org/base-TaCQ-w3"],
+    )
+
+    assert made.exit_code == pushed.exit_code == 0, made.stderr + pushed.stderr
+    data = card_of(hub, "org/base-TaCQ-w3").data.to_dict()
+    assert data["base_model"] == "org/base"
+    assert data["base_model_relation"] == "quantized"
+    assert data["license"] == "other"
+    assert data["license_name"] == "river"
+    assert data["license_link"] == f"{hub.url}/org/base/resolve/main/LICENSE"
+    local = ModelCard.load(tmp_path / "out" / CARD_NAME).data.to_dict()
+    assert local == data
+    text = json.dumps(data) + card_of(hub, "org/base-TaCQ-w3").text
+    assert str(tmp_path) not in text
