@@ -348,6 +348,7 @@ def _inspection_json(figures: "Inspection") -> dict[str, object]:
         "outliers": figures.outliers,
         "linear_bytes": figures.linear_bytes,
         "checkpoint_bytes": figures.checkpoint_bytes,
+        "tensor_parallel_sizes": figures.tensor_parallel_sizes,
         "linears": [
             {**asdict(linear), "effective_bits": linear.effective_bits}
             for linear in figures.linears
@@ -375,5 +376,12 @@ def _print_inspection(figures: "Inspection") -> None:
         f"(codes, scales, zero-points, kept weights, indices); "
         f"paper's formula {figures.paper_bits:.4f}\n"
         f"quantized linears {figures.linear_bytes:,} bytes; "
-        f"weight files {figures.checkpoint_bytes:,} bytes"
+        f"weight files {figures.checkpoint_bytes:,} bytes\n"
+        f"tensor-parallel sizes: {_sizes_text(figures.tensor_parallel_sizes)}"
     )
+
+
+def _sizes_text(sizes: tuple[int, ...] | None) -> str:
+    if sizes is None:
+        return "not stated"
+    return ", ".join(map(str, sizes)) or "none"

@@ -21,7 +21,12 @@ from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize.progress import Progress as RunProgress
 from tacq_vllm.terminal import RichListener
-from tests.builders import quantize_arguments, rewrite_tensors, truncate
+from tests.builders import (
+    quantize_arguments,
+    rewrite_schema,
+    rewrite_tensors,
+    truncate,
+)
 from tests.conftest import make_chat_tokenizer
 
 TACQ = Path(sys.executable).parent / "tacq"
@@ -88,6 +93,7 @@ def test_inspect_as_text(tiny_checkpoint: Path) -> None:
     assert f"paper's formula {figures.paper_bits:.4f}" in result.stdout
     assert "3 bits, a scale per 32 columns, bfloat16; 258 of 73,728" in result.stdout
     assert f"quantized linears {figures.linear_bytes:,} bytes" in result.stdout
+    assert result.stdout.endswith("tensor-parallel sizes: 1\n")
 
 
 def test_inspect_as_json(tiny_checkpoint: Path) -> None:
@@ -98,6 +104,18 @@ def test_inspect_as_json(tiny_checkpoint: Path) -> None:
     assert shown["bits"] == 3
     assert shown["outliers"] == 258
     assert len(shown["linears"]) == 14
+    assert shown["tensor_parallel_sizes"] == [1]
+
+
+@pytest.mark.parametrize(("sizes", "text"), [(None, "not stated"), ([], "none")])
+def test_inspect_where_no_parallel_size_is_stated(
+    checkpoint_copy: Path, sizes: list[int] | None, text: str
+) -> None:
+    rewrite_schema(checkpoint_copy, tensor_parallel_sizes=sizes)
+
+    result = tacq("inspect", checkpoint_copy)
+
+    assert result.stdout.endswith(f"tensor-parallel sizes: {text}\n")
 
 
 def test_inspect_draws_a_picture(tiny_checkpoint: Path, tmp_path: Path) -> None:

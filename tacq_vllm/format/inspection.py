@@ -45,6 +45,8 @@ class Inspection:
     """Bytes of the weight files, unquantized tensors and headers included."""
     paper_bits: float
     """Bits per weight by the paper's formula, which leaves out scales and zeros."""
+    tensor_parallel_sizes: tuple[int, ...] | None
+    """Numbers of ranks that the linears can be cut for; None: the file does not say."""
 
     @property
     def weights(self) -> int:
@@ -91,6 +93,7 @@ def inspect_weights(folder: Path, schema: QuantizationSchema) -> Inspection:
             ),
             checkpoint_bytes=reader.file_bytes,
             paper_bits=schema.paper_bits,
+            tensor_parallel_sizes=schema.tensor_parallel_sizes,
         )
 
 

@@ -4,7 +4,16 @@ import json
 from typing import Any, Final, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from tacq_vllm.config import StorageDtype, one_line
 from tacq_vllm.format.outliers import MAX_IN_FEATURES
@@ -37,6 +46,9 @@ class QuantizationSchema(BaseModel):
     circuits: dict[str, dict[str, int]] = Field(
         description="Kept weights per linear; version 1 knows the table `default`."
     )
+    tensor_parallel_sizes: tuple[PositiveInt, ...] | None = Field(
+        None, description="Numbers of ranks that the linears can be cut for, if known."
+    )
     recipe: dict[str, Any] = Field(
         {}, description="How the checkpoint was made; for people, not for loaders."
     )
@@ -54,6 +66,15 @@ class QuantizationSchema(BaseModel):
             if not 0 <= self.num_outliers(name) <= out_features * in_features:
                 raise ValueError(f"{name}: {self.num_outliers(name)} kept weights")
         return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unknown(
+        self, handler: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        block: dict[str, Any] = handler(self)
+        if self.tensor_parallel_sizes is None:
+            del block["tensor_parallel_sizes"]
+        return block
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tacq_vllm.config import Recipe, StorageDtype
 from tacq_vllm.format.checkpoint import CheckpointWriter
+from tacq_vllm.format.parallel import tensor_parallel_sizes
 from tacq_vllm.format.schema import (
     DEFAULT_CIRCUIT,
     QuantizationSchema,
@@ -62,15 +63,19 @@ def export_checkpoint(
         _write_unquantized(writer, base, dtype)
         writer.close()
         reports = list(blocks.reports())
+        shapes = {
+            name: (linear.out_features, linear.in_features)
+            for name, linear in linears.items()
+        }
         schema = QuantizationSchema(
             bits=recipe.bits,
             group_size=recipe.group_size,
             dtype=dtype,
-            linears={
-                name: (linear.out_features, linear.in_features)
-                for name, linear in linears.items()
-            },
+            linears=shapes,
             circuits={DEFAULT_CIRCUIT: {r.name: r.outliers for r in reports}},
+            tensor_parallel_sizes=_tensor_parallel_sizes(
+                base, shapes, recipe.group_size
+            ),
             recipe=_published_recipe(recipe),
         )
         rows = [json.dumps(asdict(report)) + "\n" for report in reports]
@@ -81,6 +86,18 @@ def export_checkpoint(
         # Last: without config.json nothing takes the folder for a checkpoint.
         _write_config(folder, base, schema)
         bar.advance()
+
+
+def _tensor_parallel_sizes(
+    base: BaseModel, shapes: dict[str, tuple[int, int]], group_size: int
+) -> tuple[int, ...] | None:
+    config = base.model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    # Some families have other numbers in each block.
+    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+        return None
+    return tensor_parallel_sizes(shapes, group_size, heads, kv_heads)
 
 
 def _write_unquantized(

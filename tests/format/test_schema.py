@@ -32,6 +32,14 @@ def test_a_valid_block_survives_a_round_trip() -> None:
     assert schema.num_weights == 10 * 64 + 6 * 160
 
 
+def test_tensor_parallel_sizes_are_optional() -> None:
+    block = make_block(tensor_parallel_sizes=[1, 2])
+
+    assert parse_schema(block).tensor_parallel_sizes == (1, 2)
+    assert parse_schema(block).model_dump(mode="json") == block
+    assert parse_schema(make_block()).tensor_parallel_sizes is None
+
+
 def test_paper_bits_follow_the_formula() -> None:
     ratio = 16 / 1600
 
@@ -87,6 +95,8 @@ def test_other_versions_are_refused_with_the_remedy(version: object) -> None:
         ),
         ({"circuits": {"default": {"a": 641, "b": 4}}}, "a: 641 kept weights"),
         ({"circuits": {"default": {"a": -1, "b": 4}}}, "a: -1 kept weights"),
+        ({"tensor_parallel_sizes": [1, 0]}, "tensor_parallel_sizes.1: "),
+        ({"tensor_parallel_sizes": 2}, "tensor_parallel_sizes: "),
         ({"recipe": {"x": object()}}, "not JSON"),
     ],
 )

@@ -186,3 +186,14 @@ def test_truncated_shard(checkpoint_copy):
 def test_later_format_version(checkpoint_copy):
     rewrite_schema(checkpoint_copy, format_version=2)
     assert_refused(checkpoint_copy, "install a newer tacq-vllm")
+
+
+def test_more_ranks_than_the_linears_can_be_cut_for(tiny_checkpoint):
+    # Its four heads could be; vLLM itself refuses a number that does not divide them.
+    code, lines = refusal(tiny_checkpoint, "--tensor-parallel-size", "2")
+    assert code != 0
+    assert len(lines) == 1
+    assert "--tensor-parallel-size 2: the linears of this checkpoint" in lines[0]
+    assert "can be cut for 1;" in lines[0]
+    # In the process that serves: no other has been started.
+    assert lines[0].startswith("(APIServer")

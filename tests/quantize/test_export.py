@@ -71,6 +71,17 @@ def test_report_and_recipe(
     assert str(text_file.parent) not in (tiny_checkpoint / "README.md").read_text()
 
 
+def test_the_sizes_it_can_be_cut_for_follow_from_heads_and_groups(
+    tiny_llama: TinyLlama, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    base = open_model(tiny_llama(head_dim=32), tmp_path / "work")
+
+    run_pipeline(base, quick(tiny_recipe), tmp_path / "out", tmp_path / "work")
+
+    # Four heads, two of k and v; groups of 32 in rows of 128 columns.
+    assert read_schema(tmp_path / "out").tensor_parallel_sizes == (1, 2, 4)
+
+
 def test_several_shards(
     tiny_base: BaseModel, tiny_checkpoint: Path, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from tacq_vllm.format.schema import (
 )
 from tacq_vllm.format.validation import check_headers
 from tacq_vllm.integrations.vllm.errors import refuse
+from tacq_vllm.integrations.vllm.parallel import check_tensor_parallel_size
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -80,7 +81,11 @@ class TacqConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Check the headers of a local checkpoint before any worker starts."""
+        """Check what can be checked before any worker starts.
+
+        That is the number of ranks, and the headers of a local checkpoint.
+        """
+        check_tensor_parallel_size(self.schema)
         folder = Path(model_name)
         if any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
             try:

@@ -1,0 +1,77 @@
+"""The tensor-parallel sizes that a checkpoint can be cut for (SPEC.md, note 3)."""
+
+from collections.abc import Iterator, Mapping
+
+from tacq_vllm.format.packing import WORD_BITS
+
+_FUSED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""Cut along `out`, and in one module with their neighbours: see `_row_parts`."""
+
+_FUSED_ON_DISK = ("qkv_proj", "gate_up_proj")
+
+_CUT_BY_COLUMNS = ("o_proj", "down_proj")
+"""Cut along `in`: they take what the other linears of their block give."""
+
+
+def tensor_parallel_sizes(
+    linears: Mapping[str, tuple[int, int]],
+    group_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+) -> tuple[int, ...] | None:
+    """The numbers of ranks for which no cut goes through a head, a word or a group.
+
+    Args:
+        linears: [out, in] by name.
+        group_size: input columns that share a scale; -1: the whole row.
+        num_heads: attention heads; a rank has at least one.
+        num_kv_heads: heads of keys and values; ranks may share one.
+
+    Returns:
+        Ascending sizes, or None: how an engine cuts one of the linears is not known.
+    """
+    shapes = {(name.rpartition(".")[2], shape) for name, shape in linears.items()}
+    if any(leaf not in _FUSED + _FUSED_ON_DISK + _CUT_BY_COLUMNS for leaf, _ in shapes):
+        return None
+    return tuple(
+        size
+        for size in range(1, num_heads + 1)
+        if num_heads % size == 0
+        and (num_kv_heads % size == 0 or size % num_kv_heads == 0)
+        and all(
+            _is_cut_by_columns(in_features, size, group_size)
+            if leaf in _CUT_BY_COLUMNS
+            else _is_cut_by_rows(leaf, out_features, size, num_heads, num_kv_heads)
+            for leaf, (out_features, in_features) in shapes
+        )
+    )
+
+
+def _is_cut_by_columns(in_features: int, size: int, group_size: int) -> bool:
+    return size == 1 or (
+        in_features % (WORD_BITS * size) == 0
+        and in_features % (max(group_size, 1) * size) == 0
+    )
+
+
+def _is_cut_by_rows(
+    leaf: str, out_features: int, size: int, num_heads: int, num_kv_heads: int
+) -> bool:
+    # Even where nothing is cut the parts lie one after the other in fused words.
+    parts = _row_parts(leaf, out_features, size, num_heads, num_kv_heads)
+    return all(rows % (WORD_BITS * cuts) == 0 for rows, cuts in parts)
+
+
+def _row_parts(
+    leaf: str, out_features: int, size: int, num_heads: int, num_kv_heads: int
+) -> Iterator[tuple[int, int]]:
+    """Rows of each logical part of a linear, and into how many cuts they go."""
+    kv_cuts = min(size, num_kv_heads)
+    if leaf == "qkv_proj":
+        head = out_features // (num_heads + 2 * num_kv_heads)
+        yield num_heads * head, size
+        yield num_kv_heads * head, kv_cuts
+    elif leaf == "gate_up_proj":
+        yield out_features // 2, size
+    else:
+        yield out_features, kv_cuts if leaf in ("k_proj", "v_proj") else size

@@ -1,0 +1,61 @@
+import pytest
+
+from tacq_vllm.format.parallel import tensor_parallel_sizes
+
+
+def llama(
+    hidden: int, intermediate: int, head: int, heads: int, kv_heads: int
+) -> dict[str, tuple[int, int]]:
+    """Shapes of a block of a Llama."""
+    return {
+        "model.layers.0.self_attn.q_proj": (heads * head, hidden),
+        "model.layers.0.self_attn.k_proj": (kv_heads * head, hidden),
+        "model.layers.0.self_attn.v_proj": (kv_heads * head, hidden),
+        "model.layers.0.self_attn.o_proj": (hidden, heads * head),
+        "model.layers.0.mlp.gate_proj": (intermediate, hidden),
+        "model.layers.0.mlp.up_proj": (intermediate, hidden),
+        "model.layers.0.mlp.down_proj": (hidden, intermediate),
+    }
+
+
+def fused(linears: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The same block with q, k, v and gate, up in one linear each, as in Phi-3."""
+    rows = {name.rpartition(".")[2]: out for name, (out, _) in linears.items()}
+    hidden = linears["model.layers.0.self_attn.q_proj"][1]
+    return {
+        "self_attn.qkv_proj": (sum(rows[f"{c}_proj"] for c in "qkv"), hidden),
+        "mlp.gate_up_proj": (rows["gate_proj"] + rows["up_proj"], hidden),
+        "self_attn.o_proj": linears["model.layers.0.self_attn.o_proj"],
+        "mlp.down_proj": linears["model.layers.0.mlp.down_proj"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("linears", "group_size", "heads", "kv_heads", "sizes"),
+    [
+        # Llama 3 8B: from 8 ranks on each head of k and v is shared.
+        (llama(4096, 14336, 128, 32, 8), 64, 32, 8, (1, 2, 4, 8, 16, 32)),
+        # Its groups of 512 columns end where a rank has 1792 or fewer.
+        (llama(4096, 14336, 128, 32, 8), 512, 32, 8, (1, 2, 4)),
+        # SmolLM2 135M: nine heads.
+        (llama(576, 1536, 64, 9, 3), 64, 9, 3, (1, 3)),
+        # Whole rows have no groups to cut through.
+        (llama(512, 1376, 64, 8, 8), -1, 8, 8, (1,)),
+        (llama(512, 1408, 64, 8, 8), -1, 8, 8, (1, 2, 4)),
+        # Four heads could share three of k and v in no way.
+        (llama(256, 768, 64, 12, 3), 32, 12, 3, (1, 3, 6, 12)),
+        # Heads of 16 rows: two of them fill a word.
+        (llama(64, 128, 16, 4, 2), 32, 4, 2, (1,)),
+        (llama(64, 128, 16, 4, 4), 32, 4, 4, (1, 2)),
+        # One such head of k and v does not.
+        (llama(64, 128, 16, 4, 1), 32, 4, 1, ()),
+    ],
+)
+def test_sizes(linears, group_size, heads, kv_heads, sizes):
+    assert tensor_parallel_sizes(linears, group_size, heads, kv_heads) == sizes
+    assert tensor_parallel_sizes(fused(linears), group_size, heads, kv_heads) == sizes
+
+
+def test_an_unknown_linear_may_be_cut_in_any_way():
+    linears = llama(512, 1408, 64, 8, 8) | {"self_attn.kv_a_proj": (64, 512)}
+    assert tensor_parallel_sizes(linears, 32, 8, 8) is None
