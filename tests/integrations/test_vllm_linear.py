@@ -82,7 +82,9 @@ def stored_linears(
     return config, packed, dense
 
 
-def load(layer: nn.Module, packed: PackedLinear, shard_id: str | int | None) -> None:
+def load(
+    layer: nn.Module, packed: PackedLinear, shard_id: str | int | tuple | None
+) -> None:
     for name, tensor in packed.tensors().items():
         parameter = getattr(layer, name)
         if shard_id is None:
@@ -157,6 +159,75 @@ def test_merged_columns_and_rows(as_rank, bits, group_size, size):
         assert torch.equal(loaded_weight(down), dense["mlp.down_proj"][:, mine])
 
 
+@pytest.mark.parametrize(("bits", "group_size"), GRIDS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_linears_that_the_file_has_fused(as_rank, bits, group_size, size):
+    """As Phi-3's: each part is cut for itself."""
+    heads, kv_heads = 4, 2
+    parts = [heads * HEAD, kv_heads * HEAD, kv_heads * HEAD]
+    shapes = {"attn.qkv_proj": (sum(parts), HIDDEN), "mlp.gate_up_proj": (512, HIDDEN)}
+    config, packed, dense = stored_linears(shapes, bits, group_size)
+    config.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
+    q, k, v = dense["attn.qkv_proj"].split(parts)
+    gate, up = dense["mlp.gate_up_proj"].chunk(2)
+    for rank in range(size):
+        as_rank(rank, size)
+        qkv = vllm_linear.QKVParallelLinear(
+            HIDDEN,
+            HEAD,
+            heads,
+            kv_heads,
+            bias=False,
+            quant_config=config,
+            prefix="attn.qkv_proj",
+        )
+        load(qkv, packed["attn.qkv_proj"], None)
+        kv_cuts = min(size, kv_heads)
+        kv_rank = rank * kv_cuts // size
+        expected = [part.chunk(kv_cuts)[kv_rank] for part in (k, v)]
+        assert torch.equal(
+            loaded_weight(qkv), torch.cat([q.chunk(size)[rank], *expected])
+        )
+
+        gate_up = vllm_linear.MergedColumnParallelLinear(
+            HIDDEN, [256, 256], bias=False, quant_config=config, prefix=list(shapes)[1]
+        )
+        load(gate_up, packed["mlp.gate_up_proj"], None)
+        expected = [part.chunk(size)[rank] for part in (gate, up)]
+        assert torch.equal(loaded_weight(gate_up), torch.cat(expected))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_some_parts_fused_in_the_file(as_rank, size):
+    shapes = {"in_proj_ab": (64 + 128, HIDDEN), "in_proj_c": (256, HIDDEN)}
+    config, packed, dense = stored_linears(shapes, 3, 32)
+    config.packed_modules_mapping = {"in_proj": list(shapes)}
+    parts = [*dense["in_proj_ab"].split([64, 128]), dense["in_proj_c"]]
+    for rank in range(size):
+        as_rank(rank, size)
+        layer = vllm_linear.MergedColumnParallelLinear(
+            HIDDEN, [64, 128, 256], bias=False, quant_config=config, prefix="in_proj"
+        )
+        load(layer, packed["in_proj_c"], 2)
+        load(layer, packed["in_proj_ab"], (0, 1))
+        expected = [part.chunk(size)[rank] for part in parts]
+        assert torch.equal(loaded_weight(layer), torch.cat(expected))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"mlp.gate_proj": (128, 64), "mlp.up_proj": (96, 64)},
+        {"mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 32)},
+        {"mlp.gate_proj": (128, 64), "mlp.up_proj": (160, 64)},
+    ],
+)
+def test_other_sizes_than_the_models_are_refused(shapes):
+    config, _, _ = stored_linears(shapes, 3, 32)
+    with pytest.raises(ValueError, match=r"tacq: .*stored as \[.*, but the model has"):
+        merged_layer(config)
+
+
 def test_replicated_and_column_parallel_linears(as_rank):
     config, packed, dense = stored_linears({"router": (96, 64)}, 3, 32)
     as_rank(1, 2)
@@ -192,7 +263,7 @@ def test_a_tensor_that_did_not_come_is_named(left_out):
         if name != left_out:
             parameter = getattr(layer, name)
             parameter.weight_loader(parameter, tensor, 1)
-    with pytest.raises(ValueError, match=f"tacq: .*1 of 2 tensors named {left_out}"):
+    with pytest.raises(ValueError, match=f"tacq: .*1 of 2 parts of {left_out}"):
         layer.quant_method.process_weights_after_loading(layer)
 
 

@@ -8,6 +8,7 @@ from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
+    QKVParallelLinear,
     ReplicatedLinear,
     register_weight_loader_v2_supported_method,
 )
@@ -25,9 +26,10 @@ from tacq_vllm.integrations.vllm.params import (
     ChannelScaleParameter,
     GroupScaleParameter,
     OutlierParameter,
-    OutlierShard,
     PackedChannelParameter,
     PackedParameter,
+    Part,
+    StoredTable,
     TrackedParameter,
 )
 from tacq_vllm.kernels.ops import prepare, stored_linear
@@ -61,9 +63,14 @@ class TacqLinearMethod(LinearMethodBase):
         loader = extra_weight_attrs["weight_loader"]
         if isinstance(layer, ReplicatedLinear):
             loader = _load_replicated
-        self._check_sizes(
-            input_size_per_partition, output_partition_sizes, input_size, output_size
-        )
+        parts = [
+            Part(rows, local_rows)
+            for rows, local_rows in zip(
+                _part_rows(layer, output_size), output_partition_sizes, strict=True
+            )
+        ]
+        tables = self._stored_tables(parts, input_size)
+        self._check_cut(input_size_per_partition, input_size, parts)
         out_features = sum(output_partition_sizes)
         grouped = schema.group_size != -1
         groups = num_groups(input_size_per_partition, schema.group_size)
@@ -107,19 +114,18 @@ class TacqLinearMethod(LinearMethodBase):
                     **axes,
                 ),
             )
-        shards = self._outlier_shards(output_partition_sizes)
-        capacity = sum(shard.capacity for shard in shards)
+        capacity = sum(table.capacity for table in tables)
         layer.register_parameter(
             "outliers",
             OutlierParameter(
                 data=torch.empty(capacity, dtype=torch.int32),
-                shards=shards,
+                tables=tables,
                 in_features=input_size,
                 local_in_features=input_size_per_partition,
                 value_dtype=schema.torch_dtype,
-                weight_loader=loader,
             ),
         )
+        self.num_parts = len(parts)
         self.in_features = input_size_per_partition
         self.x_dtype = params_dtype
         load_format = get_current_vllm_config().load_config.load_format
@@ -152,53 +158,63 @@ class TacqLinearMethod(LinearMethodBase):
         }
         return PackedLinear.from_tensors(tensors, self.schema.bits, self.in_features)
 
-    def _check_sizes(
-        self,
-        local_in: int,
-        local_outs: list[int],
-        in_features: int,
-        out_features: int,
-    ) -> None:
-        """Refuse a cut that does not fall between words and groups."""
-        schema = self.schema
-        stored = [schema.linears[name] for name in self.names]
-        if any(shape[1] != in_features for shape in stored) or (
-            len(stored) > 1 and len(stored) != len(local_outs)
-        ):
+    def _stored_tables(self, parts: list[Part], in_features: int) -> list[StoredTable]:
+        """Which parts of the model's linear each stored linear holds."""
+        shapes = {name: self.schema.linears[name] for name in self.names}
+        left, tables = list(parts), []
+        for name, (rows, _) in shapes.items():
+            held: list[Part] = []
+            while left and sum(part.rows for part in held) < rows:
+                held.append(left.pop(0))
+            num_outliers = self.schema.num_outliers(name)
+            tables.append(StoredTable(name, tuple(held), num_outliers))
+        if left or any((t.rows, in_features) != shapes[t.name] for t in tables):
+            stored = [list(shape) for shape in shapes.values()]
             refuse(
                 f"{', '.join(self.names)}: stored as {stored}, but the model has "
-                f"{in_features} input features and {len(local_outs)} parts"
+                f"{in_features} input features and parts of "
+                f"{[part.rows for part in parts]} output features"
             )
-        group_size = max(schema.group_size, 1)
+        return tables
+
+    def _check_cut(self, local_in: int, in_features: int, parts: list[Part]) -> None:
+        """Refuse a cut that does not fall between words and groups."""
+        group_size = max(self.schema.group_size, 1)
         if local_in != in_features and (local_in % WORD_BITS or local_in % group_size):
             refuse(
                 f"{', '.join(self.names)}: tensor parallelism leaves {local_in} of "
                 f"{in_features} input features to a rank, which cuts through a word "
-                f"of {WORD_BITS} or a group of {schema.group_size}"
+                f"of {WORD_BITS} or a group of {self.schema.group_size}"
             )
-        whole = len(local_outs) == 1 and local_outs[0] == stored[0][0]
-        if not whole and any(size % WORD_BITS for size in local_outs):
+        local_rows = [part.local_rows for part in parts]
+        is_whole = len(parts) == 1 and local_rows == [parts[0].rows]
+        if not is_whole and any(rows % WORD_BITS for rows in local_rows):
             refuse(
-                f"{', '.join(self.names)}: {local_outs} output features on a rank, "
+                f"{', '.join(self.names)}: {local_rows} output features on a rank, "
                 f"which cuts through a word of {WORD_BITS}"
             )
 
-    def _outlier_shards(self, local_outs: list[int]) -> list[OutlierShard]:
-        return [
-            OutlierShard(
-                name, self.schema.linears[name][0], size, self.schema.num_outliers(name)
-            )
-            for name, size in zip(self.names, local_outs, strict=True)
-        ]
-
     def _check_loaded(self, layer: torch.nn.Module) -> None:
         for name in tensor_names(self.schema.bits):
-            missing = len(self.names) - len(getattr(layer, name).loaded_shards)
+            missing = self.num_parts - len(getattr(layer, name).loaded_shards)
             if missing:
                 refuse(
-                    f"{', '.join(self.names)}: {missing} of {len(self.names)} tensors "
-                    f"named {name} are missing from the checkpoint"
+                    f"{', '.join(self.names)}: {missing} of {self.num_parts} parts of "
+                    f"{name} are missing from the checkpoint"
                 )
+
+
+def _part_rows(layer: torch.nn.Module, output_size: int) -> list[int]:
+    """Rows of the parts of a linear, of all ranks together."""
+    if isinstance(layer, QKVParallelLinear):
+        # Its `output_sizes` count a head of k and v for each rank that shares it.
+        kv_heads = layer.total_num_kv_heads
+        return [
+            layer.total_num_heads * layer.head_size,
+            kv_heads * layer.head_size,
+            kv_heads * layer.v_head_size,
+        ]
+    return list(getattr(layer, "output_sizes", [output_size]))
 
 
 def _load_replicated(parameter: TrackedParameter, loaded_weight: Tensor) -> None:

@@ -28,12 +28,15 @@ from tacq_vllm.format.outliers import (
 )
 from tacq_vllm.integrations.vllm.errors import refuse
 
+ShardId = int | str | tuple[int, ...] | None
+"""What vLLM calls the part, or parts, that a tensor is for; None: the whole linear."""
+
 
 class TrackedParameter(BasevLLMParameter):
     """Remembers which logical shards (q, k, v; gate, up) have been loaded."""
 
     def __init__(self, **kwargs: Any) -> None:
-        self.loaded_shards: set[int | str | None] = set()
+        self.loaded_shards: set[ShardId] = set()
         super().__init__(**kwargs)
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
@@ -79,26 +82,50 @@ class ChannelScaleParameter(TrackedParameter, ChannelQuantScaleParameter):
 
 
 @dataclass(frozen=True)
-class OutlierShard:
-    """One logical shard's part of the staged outlier table."""
+class Part:
+    """One logical shard of a linear: q, k or v; gate or up; or all of it."""
+
+    rows: int
+    """Of all ranks together."""
+    local_rows: int
+    """Of this rank, which may share them with others."""
+
+    def local_slice(self, rank: int, size: int) -> slice:
+        """The rows of one rank of so many."""
+        sharing = self.local_rows * size // self.rows
+        start = rank // sharing * self.local_rows
+        return slice(start, start + self.local_rows)
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """The outlier table of one linear in the checkpoint."""
 
     name: str
-    """The linear in the checkpoint."""
-    out_features: int
-    """Rows in the checkpoint."""
-    local_out_features: int
-    """Rows on this rank."""
+    """The linear."""
+    parts: tuple[Part, ...]
+    """Several where the file has them fused, as those of Phi-3 are."""
     nnz: int
-    """Kept weights in the checkpoint, an upper bound for a rank."""
+    """Kept weights, an upper bound for a rank."""
+
+    @property
+    def rows(self) -> int:
+        """Rows in the checkpoint."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def local_rows(self) -> int:
+        """Rows on this rank."""
+        return sum(part.local_rows for part in self.parts)
 
     @property
     def capacity(self) -> int:
         """Words staged: row offsets and room for every entry."""
-        return self.local_out_features + 1 + self.nnz
+        return self.local_rows + 1 + self.nnz
 
 
 class OutlierParameter(TrackedParameter):
-    """Staging area for the tables of a (fused) linear, one segment per shard.
+    """Staging area for the tables of a (fused) linear, one segment per table.
 
     A rank's share of the entries is not known before the table is read, so each
     segment has room for all of them; `merged` gives the one exact table.
@@ -106,102 +133,99 @@ class OutlierParameter(TrackedParameter):
 
     def __init__(
         self,
-        shards: list[OutlierShard],
+        tables: list[StoredTable],
         in_features: int,
         local_in_features: int,
         value_dtype: torch.dtype,
         **kwargs: Any,
     ) -> None:
-        self.shards = shards
+        self.tables = tables
         self.in_features = in_features
         self.local_in_features = local_in_features
         self.value_dtype = value_dtype
-        super().__init__(**kwargs)
+        # vLLM's own loader cannot split a table whose parts the file has fused.
+        super().__init__(weight_loader=load_outliers, **kwargs)
 
-    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """Keep the rows of this rank."""
-        self._load_rows(0, loaded_weight, self.tp_rank)
-        self.loaded_shards.add(None)
+    def load_table(self, stored: Tensor, shard_id: ShardId) -> None:
+        """Keep the rows and columns of this rank.
 
-    def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
-        """Keep the rows of this rank of one logical shard."""
-        shard_id = kwargs["shard_id"]
-        self._load_rows(self._shard_id_as_int(shard_id), loaded_weight, self.tp_rank)
-        self.loaded_shards.add(shard_id)
-
-    def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
-        """Keep the heads of this rank; `num_heads` ranks share a head of k and v."""
-        shard_id = kwargs["shard_id"]
-        rank = self.tp_rank if shard_id == "q" else self.tp_rank // kwargs["num_heads"]
-        self._load_rows(self._shard_id_as_int(shard_id), loaded_weight, rank)
-        self.loaded_shards.add(shard_id)
-
-    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        """Keep the columns of this rank."""
-        start = self.tp_rank * self.local_in_features
-        outliers = self._decode(self.shards[0], loaded_weight)
-        self._store(
-            0, slice_outlier_columns(outliers, start, start + self.local_in_features)
-        )
-        self.loaded_shards.add(None)
-
-    def load_replicated_weight(self, loaded_weight: Tensor) -> None:
-        """Keep the whole table."""
-        self._load_rows(0, loaded_weight, 0)
-        self.loaded_shards.add(None)
+        Args:
+            stored: one linear's table as the checkpoint has it.
+            shard_id: which parts it is for; None: all.
+        """
+        first = shard_id[0] if isinstance(shard_id, tuple) else shard_id
+        wanted = 0 if first is None else self._shard_id_as_int(first)
+        begin = 0
+        for index, table in enumerate(self.tables):
+            parts = range(begin, begin + len(table.parts))
+            if wanted in parts:
+                self._store(index, self._cut(table, self._decode(table, stored)))
+                self.loaded_shards.update(parts)
+            begin = parts.stop
 
     def merged(self) -> Tensor:
         """The whole (fused) linear's table on this rank, as SPEC.md lays it out."""
         parts = [
-            self._decode_segment(segment, shard)
-            for segment, shard in zip(self._segments(), self.shards, strict=True)
+            self._decode_segment(segment, table.local_rows)
+            for segment, table in zip(self._segments(), self.tables, strict=True)
         ]
         return encode_outliers(merge_outliers(parts))
 
     def dummy(self) -> Tensor:
         """A table of the right size for `--load-format dummy`, its values zero."""
-        parts = [self._dummy_outliers(shard) for shard in self.shards]
+        parts = [self._dummy_outliers(table) for table in self.tables]
         return encode_outliers(merge_outliers(parts)).to(self.device)
 
-    def _load_rows(self, index: int, table: Tensor, rank: int) -> None:
-        shard = self.shards[index]
-        start = rank * shard.local_out_features
-        outliers = self._decode(shard, table)
-        self._store(
-            index,
-            slice_outlier_rows(outliers, start, start + shard.local_out_features),
-        )
-
-    def _decode(self, shard: OutlierShard, table: Tensor) -> Outliers:
-        fault = check_outliers(
-            table, shard.out_features, self.in_features, self.value_dtype
-        )
-        if fault is None and table.numel() != shard.out_features + 1 + shard.nnz:
-            fault = f"has {table.numel()} words, not those of {shard.nnz} entries"
+    def _decode(self, table: StoredTable, stored: Tensor) -> Outliers:
+        fault = check_outliers(stored, table.rows, self.in_features, self.value_dtype)
+        if fault is None and stored.numel() != table.rows + 1 + table.nnz:
+            fault = f"has {stored.numel()} words, not those of {table.nnz} entries"
         if fault:
-            refuse(f"{shard.name}.outliers: {fault}")
-        return decode_outliers(table, shard.out_features, self.value_dtype)
+            refuse(f"{table.name}.outliers: {fault}")
+        return decode_outliers(stored, table.rows, self.value_dtype)
+
+    def _cut(self, table: StoredTable, outliers: Outliers) -> Outliers:
+        """The rows of this rank of every part, and its columns."""
+        first, cuts = 0, []
+        for part in table.parts:
+            rows = part.local_slice(self.tp_rank, self.tp_size)
+            cuts.append(
+                slice_outlier_rows(outliers, first + rows.start, first + rows.stop)
+            )
+            first += part.rows
+        columns = Part(self.in_features, self.local_in_features).local_slice(
+            self.tp_rank, self.tp_size
+        )
+        return slice_outlier_columns(merge_outliers(cuts), columns.start, columns.stop)
 
     def _store(self, index: int, outliers: Outliers) -> None:
-        table = encode_outliers(outliers)
-        padding = table.new_zeros(self.shards[index].capacity - table.numel())
-        self._segments()[index].copy_(torch.cat((table, padding)))
+        words = encode_outliers(outliers)
+        padding = words.new_zeros(self.tables[index].capacity - words.numel())
+        self._segments()[index].copy_(torch.cat((words, padding)))
 
     def _segments(self) -> list[Tensor]:
-        return list(self.data.split([shard.capacity for shard in self.shards]))
+        return list(self.data.split([table.capacity for table in self.tables]))
 
-    def _decode_segment(self, segment: Tensor, shard: OutlierShard) -> Outliers:
-        rows = shard.local_out_features
+    def _decode_segment(self, segment: Tensor, rows: int) -> Outliers:
         used = rows + 1 + int(segment[rows])
         return decode_outliers(segment[:used], rows, self.value_dtype)
 
-    def _dummy_outliers(self, shard: OutlierShard) -> Outliers:
+    def _dummy_outliers(self, table: StoredTable) -> Outliers:
         """This rank's share of entries, spread evenly over its rows, valued zero."""
-        rows = shard.local_out_features
-        cut = rows * self.local_in_features / (shard.out_features * self.in_features)
-        nnz = int(shard.nnz * cut)
+        rows = table.local_rows
+        cut = rows * self.local_in_features / (table.rows * self.in_features)
+        nnz = int(table.nnz * cut)
         offsets = (torch.arange(rows + 1) * nnz // rows).to(torch.int32)
         columns = torch.arange(nnz) - offsets[:-1].repeat_interleave(offsets.diff())
         return Outliers(
             offsets, columns.to(torch.int32), torch.zeros(nnz, dtype=self.value_dtype)
         )
+
+
+def load_outliers(
+    parameter: OutlierParameter,
+    loaded_weight: Tensor,
+    loaded_shard_id: ShardId = None,
+) -> None:
+    """Load a table; the parameter's `weight_loader`, as vLLM calls it."""
+    parameter.load_table(loaded_weight, loaded_shard_id)

@@ -1,0 +1,65 @@
+"""Checkpoints of tiny models of several families."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from tacq_vllm.config import Recipe
+from tests.conftest import SIZES, open_model, quick, run_pipeline, save_random
+
+# vLLM's attention on a CPU takes heads of 32 columns, not of 16.
+HEADS: dict[str, Any] = SIZES | {"head_dim": 32, "pad_token_id": 0}
+# Families whose heads are the hidden size cut in pieces.
+PIECES: dict[str, Any] = SIZES | {"hidden_size": 128, "pad_token_id": 0}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**HEADS),
+    "mistral": MistralConfig(**HEADS, sliding_window=8),
+    "qwen2": Qwen2Config(**PIECES),
+    "qwen3": Qwen3Config(**HEADS),
+    "gemma3": Gemma3TextConfig(
+        **HEADS,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        # Tied to scaled embeddings a random model says one token over and over.
+        tie_word_embeddings=False,
+    ),
+    "phi3": Phi3Config(**PIECES),
+    "mixtral": MixtralConfig(**HEADS, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(
+        **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+    ),
+}
+
+FamilyCheckpoint = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(
+    tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> FamilyCheckpoint:
+    """Quantize a model of a family; gives its folder, which tests leave as it is."""
+
+    @functools.cache
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        model = save_random(FAMILIES[family], folder / "model")
+        base = open_model(model, folder / "work")
+        output = folder / f"{family}-TaCQ-w3"
+        run_pipeline(base, quick(tiny_recipe), output, folder / "work")
+        return output
+
+    return make

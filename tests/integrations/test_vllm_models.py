@@ -1,0 +1,158 @@
+"""Models of several families: vLLM says what Transformers says."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+import tacq_vllm.integrations.transformers  # noqa: F401
+from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
+from tacq_vllm.format.linear import tensor_names
+from tacq_vllm.format.validation import find_faults, load_linear
+from tacq_vllm.kernels.reference import dequantize
+from tests.builders import rewrite_schema, rewrite_tensors
+from tests.conftest import VOCAB_SIZE
+from tests.integrations.conftest import FAMILIES, FamilyCheckpoint
+from tests.integrations.vllm_worker import NEW_TOKENS
+from tests.serving import ENVIRONMENT
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+Serve = Callable[..., list[list[int]]]
+
+
+def make_prompts() -> list[list[int]]:
+    """Prompts of random tokens: one token, a few, more than a sliding window."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
+        for length in range(1, 37, 3)
+    ]
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """Ask vLLM for the greedy tokens that follow the prompts."""
+    folder = tmp_path_factory.mktemp("vllm")
+    answers, log = folder / "answers", folder / "log"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.integrations.vllm_worker"],
+            cwd=ROOT,
+            env=ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+        ) as worker,
+    ):
+
+        def ask(checkpoint: Path, **options: Any) -> list[list[int]]:
+            request = {
+                "folder": str(checkpoint),
+                "options": options,
+                "prompts": make_prompts(),
+                "answers": str(answers),
+            }
+            worker.stdin.write(json.dumps(request) + "\n")
+            worker.stdin.flush()
+            assert worker.stdout.readline() == "0\n", log.read_text()[-4000:]
+            return json.loads(answers.read_text())
+
+        yield ask
+
+
+def transformers_tokens(checkpoint: Path) -> list[list[int]]:
+    """The greedy tokens that follow the prompts, from the packed weights."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    new = []
+    for prompt in make_prompts():
+        tokens = torch.tensor([prompt])
+        out = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+        )
+        new.append(out[0, len(prompt) :].tolist())
+    return new
+
+
+def assert_agree(served: list[list[int]], checkpoint: Path) -> None:
+    assert served == transformers_tokens(checkpoint)
+    assert {len(tokens) for tokens in served} == {NEW_TOKENS}
+    # One token over and over would agree too.
+    assert len({token for tokens in served for token in tokens}) > 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vllm_says_what_transformers_says(
+    serve: Serve, family_checkpoint: FamilyCheckpoint, family: str
+):
+    checkpoint = family_checkpoint(family)
+    assert_agree(serve(checkpoint), checkpoint)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_transformers_backend_of_vllm(
+    serve: Serve, family_checkpoint: FamilyCheckpoint, family: str
+):
+    checkpoint = family_checkpoint(family)
+    assert_agree(serve(checkpoint, model_impl="transformers"), checkpoint)
+
+
+def leave_out(folder: Path, names: list[str]) -> None:
+    """Make some linears of a checkpoint as if they had never been quantized."""
+    schema = read_schema(folder)
+    with CheckpointReader(folder) as reader:
+        weights = {
+            f"{name}.weight": dequantize(
+                load_linear(reader, schema, name), torch.bfloat16
+            )
+            for name in names
+        }
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in names:
+            for suffix in tensor_names(schema.bits):
+                del tensors[f"{name}.{suffix}"]
+        tensors.update(weights)
+
+    rewrite_tensors(folder, change)
+    counts = schema.circuits["default"]
+    rewrite_schema(
+        folder,
+        linears={n: s for n, s in schema.linears.items() if n not in names},
+        circuits={"default": {n: c for n, c in counts.items() if n not in names}},
+    )
+
+
+def test_linears_left_in_16_bits(
+    serve: Serve, family_checkpoint: FamilyCheckpoint, tmp_path: Path
+):
+    checkpoint = tmp_path / "copy"
+    shutil.copytree(family_checkpoint("llama"), checkpoint)
+    leave_out(
+        checkpoint,
+        [
+            "model.layers.0.self_attn.o_proj",
+            "model.layers.1.mlp.down_proj",
+            *(f"model.layers.1.self_attn.{part}_proj" for part in "qkv"),
+        ],
+    )
+    assert find_faults(checkpoint) == []
+    assert len(read_schema(checkpoint).linears) == 14 - 5
+    assert_agree(serve(checkpoint), checkpoint)

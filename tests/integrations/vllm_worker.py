@@ -1,0 +1,52 @@
+"""Greedy tokens from vLLM; run as a program, by `test_vllm_models.py`.
+
+vLLM takes long to import, and its CPU backend does not start anew in a process that
+numba's compiler has been loaded into: this imports it once, and forks a process for
+each request, a line of JSON.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+NEW_TOKENS = 12
+
+
+def generate(
+    folder: str, options: dict[str, Any], prompts: list[list[int]], answers: str
+) -> None:
+    """Write the new tokens of each prompt to a file."""
+    from vllm import LLM, SamplingParams
+
+    model = LLM(
+        folder, dtype="float32", enforce_eager=True, max_model_len=64, **options
+    )
+    outputs = model.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True),
+        use_tqdm=False,
+    )
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    Path(answers).write_text(json.dumps(tokens))
+
+
+def main() -> None:
+    """Answer each request with the exit code of its process."""
+    replies = os.fdopen(os.dup(1), "w")
+    # What vLLM prints goes where its log does.
+    os.dup2(2, 1)
+    import vllm.v1.engine.llm_engine  # noqa: F401
+
+    fork = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        process = fork.Process(target=generate, kwargs=json.loads(line))
+        process.start()
+        process.join()
+        print(process.exitcode, file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
