@@ -1,6 +1,7 @@
 """Models of several families: vLLM says what Transformers says."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,15 @@ def test_the_transformers_backend_of_vllm(
 ):
     checkpoint = family_checkpoint(family)
     assert_agree(serve(checkpoint, model_impl="transformers"), checkpoint)
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="each rank needs a core")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
+def test_two_ranks_say_the_same(
+    serve: Serve, family_checkpoint: FamilyCheckpoint, family: str
+):
+    checkpoint = family_checkpoint(family)
+    assert_agree(serve(checkpoint, tensor_parallel_size=2), checkpoint)
 
 
 def leave_out(folder: Path, names: list[str]) -> None:

@@ -19,6 +19,8 @@ def generate(
     folder: str, options: dict[str, Any], prompts: list[list[int]], answers: str
 ) -> None:
     """Write the new tokens of each prompt to a file."""
+    if options.get("tensor_parallel_size") == 2:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     from vllm import LLM, SamplingParams
 
     model = LLM(
