@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
-from tacq_vllm.format.linear import linear_specs
+from tacq_vllm.format.linear import stored_bytes
 from tacq_vllm.format.schema import FormatError, QuantizationSchema
 from tacq_vllm.format.validation import header_faults, load_linear
 
@@ -115,7 +115,7 @@ def _inspect_linear(schema: QuantizationSchema, name: str) -> LinearInfo:
         in_features=in_features,
         outliers=schema.num_outliers(name),
         # The headers have been found equal to these.
-        nbytes=sum(spec.nbytes for spec in linear_specs(schema, name).values()),
+        nbytes=stored_bytes(schema, name),
     )
 
 

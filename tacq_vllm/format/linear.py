@@ -158,6 +158,11 @@ def linear_specs(schema: QuantizationSchema, name: str) -> dict[str, TensorSpec]
     return specs
 
 
+def stored_bytes(schema: QuantizationSchema, name: str) -> int:
+    """Bytes of all tensors of one linear."""
+    return sum(spec.nbytes for spec in linear_specs(schema, name).values())
+
+
 def check_linear(linear: PackedLinear) -> str | None:
     """Say what is wrong with the values of a linear's tensors, or None.
 

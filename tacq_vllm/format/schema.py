@@ -91,10 +91,14 @@ class QuantizationSchema(BaseModel):
         return self.circuits[DEFAULT_CIRCUIT][name]
 
     @property
+    def outlier_ratio(self) -> float:
+        """Share of all weights of the quantized linears that are kept."""
+        return sum(self.circuits[DEFAULT_CIRCUIT].values()) / self.num_weights
+
+    @property
     def paper_bits(self) -> float:
         """Bits per weight by the paper's formula N - N·r + 32·r (appendix A)."""
-        ratio = sum(self.circuits[DEFAULT_CIRCUIT].values()) / self.num_weights
-        return self.bits * (1 - ratio) + 32 * ratio
+        return self.bits * (1 - self.outlier_ratio) + 32 * self.outlier_ratio
 
 
 def storage_dtype(name: StorageDtype) -> torch.dtype:

@@ -51,7 +51,7 @@ def dot_plain(builder: Any, acc: Any, codes: Any, x: Any) -> Any:
     return acc
 
 
-DOTS = {"vnni": dot_vnni, "avx2": dot_avx2, "plain": dot_plain}
+DOTS = {"avx512vnni": dot_vnni, "avx2": dot_avx2, "plain": dot_plain}
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def best_dot() -> str:
     """The fastest of `DOTS` that this processor has."""
     features = binding.get_host_cpu_features()
     if features.get("avx512vnni") and features.get("avx512bw"):
-        return "vnni"
+        return "avx512vnni"
     return "avx2" if features.get("avx2") else "plain"
 
 

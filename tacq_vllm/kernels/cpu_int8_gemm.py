@@ -74,7 +74,7 @@ def compile_gemm(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
         reader: reads the weight.
         rounding: what x becomes: with `OFFSET`, in tiles of `TILE` and `OUT_TILE`, and
             lanes like the reader's.
-        dot: instructions for products of bytes: `vnni`, `avx2` or `plain`.
+        dot: instructions for products of bytes: `avx512vnni`, `avx2` or `plain`.
         team: where the calling thread is.
 
     Returns:

@@ -51,7 +51,7 @@ def compile_gemv(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
     Args:
         reader: reads the weight, with lanes of 16 columns.
         rounding: what x becomes: without an offset, in tiles of 1, 2 or 4.
-        dot: instructions for products of bytes: `vnni`, `avx2` or `plain`.
+        dot: instructions for products of bytes: `avx512vnni`, `avx2` or `plain`.
         team: where the calling thread is.
 
     Returns:

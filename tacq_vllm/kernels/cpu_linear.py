@@ -25,6 +25,7 @@ from torch.nn.functional import linear as dense_linear
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels.cpu_chunks import supports_groups
+from tacq_vllm.kernels.cpu_dots import best_dot
 from tacq_vllm.kernels.cpu_exact import compile_dequantize, compile_linear
 from tacq_vllm.kernels.cpu_int8 import int8_linear
 from tacq_vllm.kernels.cpu_int8 import warm_up as warm_up_int8
@@ -47,15 +48,18 @@ def available() -> bool:
     return find_openmp() is not None
 
 
-def supports(x: Tensor, packed: PackedLinear) -> bool:
-    """Whether the kernels serve these tensors."""
+def supports(packed: PackedLinear, x_dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply weights like these with x of a type."""
     return (
-        x.device.type == "cpu"
-        and x.numel() > 0
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        x_dtype in (torch.float32, torch.bfloat16, torch.float16)
         and packed.in_features % 32 == 0
         and all(tensor.is_contiguous() for tensor in packed.tensors().values())
     )
+
+
+def kernel_name(packed: PackedLinear, x_dtype: torch.dtype) -> str:
+    """Which of them does it."""
+    return f"cpu int8 {best_dot()}" if _rounds(x_dtype, packed) else "cpu exact"
 
 
 def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:

@@ -22,8 +22,11 @@ from tacq_vllm.kernels.reference import linear_forward
 class Kernels(Protocol):
     """What a module of kernels has for one kind of device."""
 
-    def supports(self, x: Tensor, packed: PackedLinear) -> bool:
-        """Whether the kernels serve these tensors."""
+    def supports(self, packed: PackedLinear, x_dtype: torch.dtype) -> bool:
+        """Whether the kernels multiply weights like these with x of a type."""
+
+    def kernel_name(self, packed: PackedLinear, x_dtype: torch.dtype) -> str:
+        """Which of them does it."""
 
     def multiply(self, x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
         """Multiply x [..., in] with the weight: [..., out], in the type of x."""
@@ -66,7 +69,7 @@ def _linear(
         in_features=x.shape[-1],
     )
     kernels = _kernels(x.device.type)
-    if kernels is not None and kernels.supports(x, packed):
+    if kernels is not None and x.numel() and kernels.supports(packed, x.dtype):
         return kernels.multiply(x, packed, bias)
     return linear_forward(x, packed, bias)
 
@@ -123,6 +126,14 @@ def prepare(packed: PackedLinear, x_dtype: torch.dtype) -> None:
     kernels = _kernels(packed.qweight.device.type)
     if kernels is not None:
         kernels.warm_up(packed, x_dtype)
+
+
+def kernel_name(packed: PackedLinear, x_dtype: torch.dtype) -> str:
+    """What will multiply these weights with x of a type, on their device."""
+    kernels = _kernels(packed.qweight.device.type)
+    if kernels is None or not kernels.supports(packed, x_dtype):
+        return "reference"
+    return kernels.kernel_name(packed, x_dtype)
 
 
 @functools.cache

@@ -27,11 +27,16 @@ _WORKSPACE_WEIGHTS = 1 << 26
 """Weights dequantized at a time: 128 MiB in 16 bits."""
 
 
-def supports(x: Tensor, packed: PackedLinear) -> bool:
-    """Whether the kernels serve these tensors, once they are on a GPU."""
-    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
+def supports(packed: PackedLinear, x_dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply weights like these with x of a type."""
+    return x_dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
         tensor.is_contiguous() for tensor in packed.tensors().values()
     )
+
+
+def kernel_name(packed: PackedLinear, x_dtype: torch.dtype) -> str:
+    """All of them do it, by the number of tokens."""
+    return "triton"
 
 
 def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
@@ -39,9 +44,7 @@ def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     tokens = x.reshape(-1, packed.in_features).contiguous()
     tuning = tuning_for(_gpu_class(x.device))
     with torch.cuda.device_of(x):
-        if tokens.shape[0] == 0:
-            out = x.new_empty(0, packed.out_features)
-        elif tokens.shape[0] == 1:
+        if tokens.shape[0] == 1:
             out = _gemv(tokens, packed, bias, tuning)
         elif tokens.shape[0] <= tuning.gemm_tokens:
             out = _gemm(tokens, packed, bias, tuning)

@@ -16,6 +16,7 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.weight_utils import (
     initialize_single_dummy_weight,
 )
@@ -296,6 +297,18 @@ def test_half_quantized_fused_linears_are_refused():
     config, _, _ = stored_linears({"mlp.gate_proj": (128, 64)}, 3, 32)
     with pytest.raises(ValueError, match=r"tacq: .*mlp.up_proj is not quantized"):
         merged_layer(config)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_experts_are_served_only_unquantized(quantized):
+    name = "mlp.experts.0.gate_proj" if quantized else "mlp.shared_expert.gate_proj"
+    config, _, _ = stored_linears({name: (128, 64)}, 3, 32)
+    experts = RoutedExperts.__new__(RoutedExperts)
+    if not quantized:
+        assert config.get_quant_method(experts, "mlp.experts") is None
+        return
+    with pytest.raises(ValueError, match=r"tacq: mlp.experts.0.gate_proj: quantized"):
+        config.get_quant_method(experts, "mlp.experts")
 
 
 def test_dummy_weights_are_a_valid_table_of_the_right_size():

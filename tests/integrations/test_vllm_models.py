@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import tacq_vllm.integrations.transformers  # noqa: F401
 from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
+from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.linear import tensor_names
 from tacq_vllm.format.validation import find_faults, load_linear
 from tacq_vllm.kernels.reference import dequantize
@@ -29,8 +31,21 @@ from tests.serving import ENVIRONMENT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
+EXPERTS = {"mixtral-TaCQ-w3", "qwen3_moe-TaCQ-w3"}
 ROOT = Path(__file__).parents[2]
-Serve = Callable[..., list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What vLLM says."""
+
+    tokens: list[list[int]]
+    """New ones, of each prompt."""
+    log_lines: list[str]
+    """Those of the plugin."""
+
+
+Serve = Callable[..., Answer]
 
 
 def make_prompts() -> list[list[int]]:
@@ -60,7 +75,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
         ) as worker,
     ):
 
-        def ask(checkpoint: Path, **options: Any) -> list[list[int]]:
+        def ask(checkpoint: Path, **options: Any) -> Answer:
+            logged = log.stat().st_size
             request = {
                 "folder": str(checkpoint),
                 "options": options,
@@ -70,7 +86,11 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
             worker.stdin.write(json.dumps(request) + "\n")
             worker.stdin.flush()
             assert worker.stdout.readline() == "0\n", log.read_text()[-4000:]
-            return json.loads(answers.read_text())
+            lines = log.read_text()[logged:].splitlines()
+            return Answer(
+                json.loads(answers.read_text()),
+                [line for line in lines if "] tacq: " in line],
+            )
 
         yield ask
 
@@ -92,11 +112,21 @@ def transformers_tokens(checkpoint: Path) -> list[list[int]]:
     return new
 
 
-def assert_agree(served: list[list[int]], checkpoint: Path) -> None:
-    assert served == transformers_tokens(checkpoint)
-    assert {len(tokens) for tokens in served} == {NEW_TOKENS}
+def assert_agree(answer: Answer, checkpoint: Path) -> None:
+    assert answer.tokens == transformers_tokens(checkpoint)
+    assert {len(tokens) for tokens in answer.tokens} == {NEW_TOKENS}
     # One token over and over would agree too.
-    assert len({token for tokens in served for token in tokens}) > 10
+    assert len({token for tokens in answer.tokens for token in tokens}) > 10
+    # Once, however many processes there are.
+    (line,) = answer.log_lines
+    figures = inspect_checkpoint(checkpoint)
+    start = (
+        f"{checkpoint.name}: 3 bits, group 32, "
+        f"{100 * figures.outliers / figures.weights:.2f} % kept, "
+        f"{figures.effective_bits:.2f} effective bits, kernel "
+    )
+    assert start in line
+    assert ("experts not quantized" in line) == (checkpoint.name in EXPERTS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,7 +19,7 @@ from tacq_vllm.kernels.cpu_linear import multiply
 
 BITS = [2, 3, 4]
 BEST = best_dot()
-DOTS = {"vnni": ["vnni", "avx2", "plain"], "avx2": ["avx2", "plain"]}.get(
+DOTS = {"avx512vnni": ["avx512vnni", "avx2", "plain"], "avx2": ["avx2", "plain"]}.get(
     BEST, ["plain"]
 )
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from tacq_vllm.format.linear import PackedLinear, slice_columns
 from tacq_vllm.kernels import ops
-from tacq_vllm.kernels.ops import prepare, quantized_linear
+from tacq_vllm.kernels.ops import kernel_name, prepare, quantized_linear
 from tacq_vllm.kernels.reference import linear_forward
 from tests.builders import assert_is_product, random_input, random_linear
 
@@ -47,6 +47,18 @@ def test_without_numba_the_reference_serves(
 
     assert torch.equal(out, linear_forward(x, packed, None))
     prepare(packed, torch.float32)
+
+
+def test_the_name_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, _ = random_linear(3, 24, 64, 32, 0.03, torch.bfloat16, 0)
+    odd, _ = random_linear(3, 24, 48, 16, 0.03, torch.bfloat16, 0)
+
+    if ops._cpu_module():
+        assert kernel_name(packed, torch.float32) == "cpu exact"
+        assert kernel_name(packed, torch.bfloat16).startswith("cpu int8 ")
+    assert kernel_name(odd, torch.bfloat16) == "reference"
+    monkeypatch.setattr(ops, "_cpu_module", lambda: None)
+    assert kernel_name(packed, torch.bfloat16) == "reference"
 
 
 def test_a_linear_cut_by_columns() -> None:

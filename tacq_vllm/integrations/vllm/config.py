@@ -20,6 +20,10 @@ from tacq_vllm.format.schema import (
 from tacq_vllm.format.validation import check_headers
 from tacq_vllm.integrations.vllm.errors import refuse
 from tacq_vllm.integrations.vllm.parallel import check_tensor_parallel_size
+from tacq_vllm.integrations.vllm.summary import LoadSummary
+
+# Told by name: the class has moved between vLLM's versions.
+_EXPERTS = "RoutedExperts"
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -37,6 +41,7 @@ class TacqConfig(QuantizationConfig):
         self.schema = schema
         self._stored_names = {name: name for name in schema.linears}
         """Name of a linear in the checkpoint by its name in vLLM's model."""
+        self._summary = LoadSummary(schema)
 
     @classmethod
     def get_name(cls) -> str:
@@ -85,6 +90,7 @@ class TacqConfig(QuantizationConfig):
 
         That is the number of ranks, and the headers of a local checkpoint.
         """
+        self._summary.name(model_name)
         check_tensor_parallel_size(self.schema)
         folder = Path(model_name)
         if any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
@@ -113,6 +119,8 @@ class TacqConfig(QuantizationConfig):
 
         from tacq_vllm.integrations.vllm.linear import TacqLinearMethod
 
+        if type(layer).__name__ == _EXPERTS:
+            self._check_experts()
         if not isinstance(layer, LinearBase):
             return None
         names = self._parts(prefix)
@@ -124,7 +132,18 @@ class TacqConfig(QuantizationConfig):
                 refuse(
                     f"{prefix}: {name} is not quantized, but what it is fused with is"
                 )
-        return TacqLinearMethod(self.schema, [name for name in stored if name])
+        stored_names = [name for name in stored if name]
+        return TacqLinearMethod(self.schema, stored_names, self._summary)
+
+    def _check_experts(self) -> None:
+        """Leave a block's experts as they are; refuse quantized ones."""
+        self._summary.has_experts = True
+        for name in self.schema.linears:
+            if "experts" in name.split("."):
+                refuse(
+                    f"{name}: quantized experts cannot be served yet; `tacq quantize` "
+                    "leaves them in 16 bits"
+                )
 
     def _parts(self, prefix: str) -> list[str]:
         """Names, unfused, of the linears that make up a module."""

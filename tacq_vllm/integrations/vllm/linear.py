@@ -32,6 +32,7 @@ from tacq_vllm.integrations.vllm.params import (
     StoredTable,
     TrackedParameter,
 )
+from tacq_vllm.integrations.vllm.summary import LoadSummary
 from tacq_vllm.kernels.ops import prepare, stored_linear
 
 
@@ -42,11 +43,16 @@ class TacqLinearMethod(LinearMethodBase):
     Args:
         schema: the checkpoint's quantization block.
         names: the linears in the checkpoint that make up this one.
+        summary: what is told when the weights are there.
     """
 
-    def __init__(self, schema: QuantizationSchema, names: list[str]) -> None:
+    def __init__(
+        self, schema: QuantizationSchema, names: list[str], summary: LoadSummary
+    ) -> None:
         self.schema = schema
         self.names = names
+        self.summary = summary
+        summary.expect_linear()
 
     def create_weights(
         self,
@@ -63,12 +69,7 @@ class TacqLinearMethod(LinearMethodBase):
         loader = extra_weight_attrs["weight_loader"]
         if isinstance(layer, ReplicatedLinear):
             loader = _load_replicated
-        parts = [
-            Part(rows, local_rows)
-            for rows, local_rows in zip(
-                _part_rows(layer, output_size), output_partition_sizes, strict=True
-            )
-        ]
+        parts = _parts(layer, output_size, output_partition_sizes)
         tables = self._stored_tables(parts, input_size)
         self._check_cut(input_size_per_partition, input_size, parts)
         out_features = sum(output_partition_sizes)
@@ -141,10 +142,12 @@ class TacqLinearMethod(LinearMethodBase):
             self._check_loaded(layer)
             table = layer.outliers.merged()
         layer.outliers = Parameter(table, requires_grad=False)
-        fault = check_linear(self._packed(layer))
+        packed = self._packed(layer)
+        fault = check_linear(packed)
         if fault:
             refuse(f"{', '.join(self.names)}: {fault}")
-        prepare(self._packed(layer), self.x_dtype)
+        prepare(packed, self.x_dtype)
+        self.summary.add_linear(packed, self.x_dtype)
 
     def apply(
         self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None
@@ -204,17 +207,25 @@ class TacqLinearMethod(LinearMethodBase):
                 )
 
 
-def _part_rows(layer: torch.nn.Module, output_size: int) -> list[int]:
-    """Rows of the parts of a linear, of all ranks together."""
+def _parts(
+    layer: torch.nn.Module, output_size: int, local_sizes: list[int]
+) -> list[Part]:
+    """The logical parts of a linear of vLLM's."""
+    sizes = getattr(layer, "output_sizes", [output_size])
     if isinstance(layer, QKVParallelLinear):
-        # Its `output_sizes` count a head of k and v for each rank that shares it.
+        # It counts a head of k and v for each rank that shares it.
         kv_heads = layer.total_num_kv_heads
-        return [
+        sizes = [
             layer.total_num_heads * layer.head_size,
             kv_heads * layer.head_size,
             kv_heads * layer.v_head_size,
         ]
-    return list(getattr(layer, "output_sizes", [output_size]))
+    if len(sizes) != len(local_sizes):
+        refuse(
+            f"{type(layer).__name__}: {len(local_sizes)} parts, where {len(sizes)} are "
+            "known: leave this linear in 16 bits"
+        )
+    return [Part(*pair) for pair in zip(sizes, local_sizes, strict=True)]
 
 
 def _load_replicated(parameter: TrackedParameter, loaded_weight: Tensor) -> None:

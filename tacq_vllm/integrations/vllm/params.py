@@ -90,12 +90,6 @@ class Part:
     local_rows: int
     """Of this rank, which may share them with others."""
 
-    def local_slice(self, rank: int, size: int) -> slice:
-        """The rows of one rank of so many."""
-        sharing = self.local_rows * size // self.rows
-        start = rank // sharing * self.local_rows
-        return slice(start, start + self.local_rows)
-
 
 @dataclass(frozen=True)
 class StoredTable:
@@ -188,15 +182,19 @@ class OutlierParameter(TrackedParameter):
         """The rows of this rank of every part, and its columns."""
         first, cuts = 0, []
         for part in table.parts:
-            rows = part.local_slice(self.tp_rank, self.tp_size)
-            cuts.append(
-                slice_outlier_rows(outliers, first + rows.start, first + rows.stop)
-            )
+            start = first + self._start(part.rows, part.local_rows)
+            cuts.append(slice_outlier_rows(outliers, start, start + part.local_rows))
             first += part.rows
-        columns = Part(self.in_features, self.local_in_features).local_slice(
-            self.tp_rank, self.tp_size
+        start = self._start(self.in_features, self.local_in_features)
+        return slice_outlier_columns(
+            merge_outliers(cuts), start, start + self.local_in_features
         )
-        return slice_outlier_columns(merge_outliers(cuts), columns.start, columns.stop)
+
+    def _start(self, length: int, local_length: int) -> int:
+        """Where this rank's part of an axis begins; some ranks may have the same."""
+        rank, size = int(self.tp_rank), int(self.tp_size)
+        sharing = local_length * size // length
+        return rank // sharing * local_length
 
     def _store(self, index: int, outliers: Outliers) -> None:
         words = encode_outliers(outliers)
