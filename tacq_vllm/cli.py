@@ -230,6 +230,34 @@ def verify(checkpoint: CheckpointName, revision: Revision = None) -> None:
 
 
 @app.command()
+def doctor(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIR]",
+            help="A checkpoint folder: also name the kernel of each linear.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Show versions, device and kernels; exit code 1 if anything is wrong."""
+    with _one_line_errors():
+        from tacq_vllm.doctor import examine, linear_kernels
+
+        findings = examine()
+        kernels = linear_kernels(checkpoint) if checkpoint else {}
+        for finding in findings:
+            typer.echo(f"{finding.name:<16} {finding.value}")
+        for name, kernel in kernels.items():
+            typer.echo(f"{name}: {kernel}")
+        faults = [fault for finding in findings for fault in finding.faults]
+        for fault in faults:
+            typer.echo(f"fault: {fault}")
+        if faults:
+            raise typer.Exit(1)
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.")],
     repo_id: Annotated[str, typer.Argument(help="`user/name`; made if it is new.")],

@@ -162,17 +162,9 @@ def test_inputs_are_left_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("x", "in_features"),
-    [
-        (torch.zeros(0, 64), 64),
-        (torch.zeros(2, 48), 48),
-        (torch.zeros(2, 64, dtype=torch.float64), 64),
-        (torch.zeros(2, 64, device="meta"), 64),
-    ],
-    ids=["no tokens", "half a word", "float64", "another device"],
-)
-def test_what_it_leaves_to_others(x: Tensor, in_features: int) -> None:
-    packed, _ = random_linear(3, 8, in_features, 16, 0.02, torch.float16, 8)
+def test_what_it_leaves_to_others() -> None:
+    whole, _ = random_linear(3, 8, 64, 16, 0.02, torch.float16, 8)
+    half, _ = random_linear(3, 8, 48, 16, 0.02, torch.float16, 8)
 
-    assert not supports(packed, x.dtype)
+    assert not supports(half, torch.float32)
+    assert not supports(whole, torch.float64)
