@@ -30,6 +30,7 @@ from tests.builders import (
 from tests.conftest import make_chat_tokenizer
 
 TACQ = Path(sys.executable).parent / "tacq"
+COMMANDS = ["quantize", "inspect", "verify", "push", "doctor"]
 
 
 def tacq(*arguments: str | Path) -> Result:
@@ -67,11 +68,11 @@ def test_help_is_instant() -> None:
     # The fastest, for others may be at work on the machine.
     assert min(seconds) < 2
     assert result.returncode == 0
-    for command in ("quantize", "inspect", "verify", "push"):
+    for command in COMMANDS:
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "verify", "push"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_commands(command: str) -> None:
     result = tacq(command, "--help")
 

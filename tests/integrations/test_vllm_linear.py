@@ -16,7 +16,7 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.weight_utils import (
     initialize_single_dummy_weight,
 )

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tacq_vllm.format.linear import slice_columns, slice_rows
 from tests.builders import assert_is_product, random_input, random_linear

@@ -22,9 +22,6 @@ from tacq_vllm.integrations.vllm.errors import refuse
 from tacq_vllm.integrations.vllm.parallel import check_tensor_parallel_size
 from tacq_vllm.integrations.vllm.summary import LoadSummary
 
-# Told by name: the class has moved between vLLM's versions.
-_EXPERTS = "RoutedExperts"
-
 
 @register_quantization_config(QUANT_METHOD)
 class TacqConfig(QuantizationConfig):
@@ -112,6 +109,7 @@ class TacqConfig(QuantizationConfig):
     ) -> QuantizeMethodBase | None:
         """The method of a linear; embeddings and attention are not quantized."""
         # Heavy, and not needed where vLLM only parses its command line.
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import (
             LinearBase,
             UnquantizedLinearMethod,
@@ -119,7 +117,7 @@ class TacqConfig(QuantizationConfig):
 
         from tacq_vllm.integrations.vllm.linear import TacqLinearMethod
 
-        if type(layer).__name__ == _EXPERTS:
+        if isinstance(layer, RoutedExperts):
             self._check_experts()
         if not isinstance(layer, LinearBase):
             return None
