@@ -53,11 +53,11 @@ def test_the_name_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = random_linear(3, 24, 64, 32, 0.03, torch.bfloat16, 0)
     odd, _ = random_linear(3, 24, 48, 16, 0.03, torch.bfloat16, 0)
 
-    if ops._cpu_module():
+    if ops._kernels("cpu"):
         assert kernel_name(packed, torch.float32) == "cpu exact"
         assert kernel_name(packed, torch.bfloat16).startswith("cpu int8 ")
     assert kernel_name(odd, torch.bfloat16) == "reference"
-    monkeypatch.setattr(ops, "_cpu_module", lambda: None)
+    monkeypatch.setattr(ops, "_kernels", lambda device_type: None)
     assert kernel_name(packed, torch.bfloat16) == "reference"
 
 
