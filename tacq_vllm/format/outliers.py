@@ -130,6 +130,5 @@ def _from_rows(
     rows: Tensor, columns: Tensor, values: Tensor, out_features: int
 ) -> Outliers:
     counts = torch.bincount(rows, minlength=out_features)
-    offsets = torch.zeros(out_features + 1, dtype=torch.int32, device=rows.device)
-    offsets[1:] = counts.cumsum(0)
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
     return Outliers(offsets, columns.to(torch.int32), values)

@@ -1,7 +1,7 @@
-"""Checkpoints of tiny models of several families."""
+"""Checkpoints: of tiny models of several families, and the one of the demo."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import (
 
 from tacq_vllm.config import Recipe
 from tests.conftest import SIZES, open_model, quick, run_pipeline, save_random
+from tests.integrations.asking import Worker, vllm_worker
 
 # vLLM's attention on a CPU takes heads of 32 columns, not of 16.
 HEADS: dict[str, Any] = SIZES | {"head_dim": 32, "pad_token_id": 0}
@@ -44,6 +45,8 @@ FAMILIES: dict[str, PretrainedConfig] = {
     ),
 }
 
+DEMO = Path(__file__).parents[2] / "build/demo/SmolLM2-135M-Instruct-TaCQ-w3"
+
 FamilyCheckpoint = Callable[[str], Path]
 
 
@@ -63,3 +66,18 @@ def family_checkpoint(
         return output
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2, quantized by the demo."""
+    if not (DEMO / "config.json").is_file():
+        pytest.skip(f"{DEMO} is not there: `make test` and `make demo` make it")
+    return DEMO
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """Ask vLLM for the greedy tokens that follow the prompts."""
+    with vllm_worker(tmp_path_factory.mktemp("vllm")) as serve:
+        yield serve

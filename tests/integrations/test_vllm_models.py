@@ -1,19 +1,12 @@
 """Models of several families: vLLM says what Transformers says."""
 
-import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -24,92 +17,13 @@ from tacq_vllm.format.linear import tensor_names
 from tacq_vllm.format.validation import find_faults, load_linear
 from tacq_vllm.kernels.reference import dequantize
 from tests.builders import rewrite_schema, rewrite_tensors
-from tests.conftest import VOCAB_SIZE
+from tests.integrations.asking import Answer, Worker, transformers_tokens
 from tests.integrations.conftest import FAMILIES, FamilyCheckpoint
 from tests.integrations.vllm_worker import NEW_TOKENS
-from tests.serving import ENVIRONMENT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 EXPERTS = {"mixtral-TaCQ-w3", "qwen3_moe-TaCQ-w3"}
-ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What vLLM says."""
-
-    tokens: list[list[int]]
-    """New ones, of each prompt."""
-    log_lines: list[str]
-    """Those of the plugin."""
-
-
-Serve = Callable[..., Answer]
-
-
-def make_prompts() -> list[list[int]]:
-    """Prompts of random tokens: one token, a few, more than a sliding window."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
-        for length in range(1, 37, 3)
-    ]
-
-
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """Ask vLLM for the greedy tokens that follow the prompts."""
-    folder = tmp_path_factory.mktemp("vllm")
-    answers, log = folder / "answers", folder / "log"
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.integrations.vllm_worker"],
-            cwd=ROOT,
-            env=ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=output,
-            text=True,
-        ) as worker,
-    ):
-
-        def ask(checkpoint: Path, **options: Any) -> Answer:
-            logged = log.stat().st_size
-            request = {
-                "folder": str(checkpoint),
-                "options": options,
-                "prompts": make_prompts(),
-                "answers": str(answers),
-            }
-            worker.stdin.write(json.dumps(request) + "\n")
-            worker.stdin.flush()
-            assert worker.stdout.readline() == "0\n", log.read_text()[-4000:]
-            lines = log.read_text()[logged:].splitlines()
-            return Answer(
-                json.loads(answers.read_text()),
-                [line for line in lines if "] tacq: " in line],
-            )
-
-        yield ask
-
-
-def transformers_tokens(checkpoint: Path) -> list[list[int]]:
-    """The greedy tokens that follow the prompts, from the packed weights."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    new = []
-    for prompt in make_prompts():
-        tokens = torch.tensor([prompt])
-        out = model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-        )
-        new.append(out[0, len(prompt) :].tolist())
-    return new
 
 
 def assert_agree(answer: Answer, checkpoint: Path) -> None:
@@ -131,7 +45,7 @@ def assert_agree(answer: Answer, checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_says_what_transformers_says(
-    serve: Serve, family_checkpoint: FamilyCheckpoint, family: str
+    serve: Worker, family_checkpoint: FamilyCheckpoint, family: str
 ):
     checkpoint = family_checkpoint(family)
     assert_agree(serve(checkpoint), checkpoint)
@@ -139,7 +53,7 @@ def test_vllm_says_what_transformers_says(
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_the_transformers_backend_of_vllm(
-    serve: Serve, family_checkpoint: FamilyCheckpoint, family: str
+    serve: Worker, family_checkpoint: FamilyCheckpoint, family: str
 ):
     checkpoint = family_checkpoint(family)
     assert_agree(serve(checkpoint, model_impl="transformers"), checkpoint)
@@ -148,7 +62,7 @@ def test_the_transformers_backend_of_vllm(
 @pytest.mark.skipif(os.cpu_count() == 1, reason="each rank needs a core")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
 def test_two_ranks_say_the_same(
-    serve: Serve, family_checkpoint: FamilyCheckpoint, family: str
+    serve: Worker, family_checkpoint: FamilyCheckpoint, family: str
 ):
     checkpoint = family_checkpoint(family)
     assert_agree(serve(checkpoint, tensor_parallel_size=2), checkpoint)
@@ -181,7 +95,7 @@ def leave_out(folder: Path, names: list[str]) -> None:
 
 
 def test_linears_left_in_16_bits(
-    serve: Serve, family_checkpoint: FamilyCheckpoint, tmp_path: Path
+    serve: Worker, family_checkpoint: FamilyCheckpoint, tmp_path: Path
 ):
     checkpoint = tmp_path / "copy"
     shutil.copytree(family_checkpoint("llama"), checkpoint)

@@ -1,4 +1,4 @@
-"""A real `vllm serve`: what it refuses, and that it reads what the others read."""
+"""A real `vllm serve`: what it refuses, and what it keeps in memory."""
 
 import json
 import subprocess
@@ -6,104 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.builders import rewrite_schema, truncate
-from tests.serving import ENVIRONMENT, refusal, server
+from tests.serving import ENVIRONMENT, refusal
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
-openai = pytest.importorskip("openai", reason="the openai client is not installed")
+pytest.importorskip("openai", reason="the openai client is not installed")
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import tacq_vllm.integrations.transformers  # noqa: F401
 from tacq_vllm.format.inspection import inspect_checkpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-SMOLLM2 = ROOT / "build/demo/SmolLM2-135M-Instruct-TaCQ-w3"
-NEW_TOKENS = 32
-PROMPTS = [
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "Once upon a time there was a little",
-    "The three primary colors are",
-    "def fibonacci(n):",
-    "In the year 1969, the first",
-    "The opposite of hot is",
-    "Dear Sir or Madam, I am writing to",
-    "The largest planet in the solar system is",
-    "A recipe for pancakes needs flour,",
-    "Photosynthesis is the process by which",
-    "My favorite book is about",
-    "The stock market fell today because",
-    "To install the package, run",
-    "She opened the door and saw",
-    "The mitochondria is the",
-    "If x = 3 and y = 4, then x + y =",
-    "The best way to learn a language is",
-    "Yesterday the weather was",
-    "The history of Rome begins with",
-]
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    if not (SMOLLM2 / "config.json").is_file():
-        pytest.skip(f"{SMOLLM2} is not there: `make test` and `make demo` make it")
-    return SMOLLM2
-
-
-@pytest.fixture(scope="module")
-def served(smollm2, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log"
-    # Without --quantization: config.json says it.
-    options = ("--dtype", "float32", "--max-model-len", "1024")
-    with server(smollm2, log, *options) as base_url:
-        yield openai.OpenAI(base_url=base_url, api_key="none")
-
-
-def greedy_texts(model, tokenizer) -> list[str]:
-    texts = []
-    for prompt in PROMPTS:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
-        new = tokens[0, inputs.input_ids.shape[1] :]
-        texts.append(tokenizer.decode(new, skip_special_tokens=True))
-    return texts
-
-
-def test_three_readings_of_one_checkpoint_agree(smollm2, served):
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    packed = greedy_texts(model, tokenizer)
-    dequantized = greedy_texts(model.dequantize(), tokenizer)
-    name = served.models.list().data[0].id
-    vllm = [
-        served.completions.create(
-            model=name, prompt=prompt, max_tokens=NEW_TOKENS, temperature=0
-        )
-        .choices[0]
-        .text
-        for prompt in PROMPTS
-    ]
-    assert packed == dequantized
-    assert vllm == dequantized
-    # The model must say something: one token over and over would agree too.
-    assert len(set(vllm)) == len(PROMPTS)
-    assert len(set(" ".join(vllm).split())) > 100
-
-
-def test_it_answers_a_question(served):
-    response = served.chat.completions.create(
-        model=served.models.list().data[0].id,
-        messages=[{"role": "user", "content": "What is the capital of France?"}],
-        max_tokens=24,
-        temperature=0,
-    )
-    assert "Paris" in response.choices[0].message.content
-
 
 RESIDENT = """
 import json, os, sys

@@ -1,8 +1,8 @@
-"""Greedy tokens from vLLM; run as a program, by `test_vllm_models.py`.
+"""Running vLLM; a program, which the tests of models and features start.
 
 vLLM takes long to import, and its CPU backend does not start anew in a process that
 numba's compiler has been loaded into: this imports it once, and forks a process for
-each request, a line of JSON.
+each request, a line of JSON that names a function here.
 """
 
 import json
@@ -16,23 +16,49 @@ NEW_TOKENS = 12
 
 
 def generate(
-    folder: str, options: dict[str, Any], prompts: list[list[int]], answers: str
+    folder: str,
+    options: dict[str, Any],
+    prompts: list[list[int]],
+    answers: str,
+    adapter: str | None = None,
+    reloads: bool = False,
 ) -> None:
     """Write the new tokens of each prompt to a file."""
     if options.get("tensor_parallel_size") == 2:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
-    model = LLM(
-        folder, dtype="float32", enforce_eager=True, max_model_len=64, **options
-    )
+    model = open_model(folder, options)
+    if reloads:
+        model.collective_rpc("reload_weights")
     outputs = model.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True),
         use_tqdm=False,
+        lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
     )
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     Path(answers).write_text(json.dumps(tokens))
+
+
+def embed(
+    folder: str, options: dict[str, Any], prompts: list[list[int]], answers: str
+) -> None:
+    """Write the embedding of each prompt to a file."""
+    model = open_model(folder, options | {"runner": "pooling", "convert": "embed"})
+    outputs = model.embed(
+        [{"prompt_token_ids": prompt} for prompt in prompts], use_tqdm=False
+    )
+    vectors = [output.outputs.embedding for output in outputs]
+    Path(answers).write_text(json.dumps(vectors))
+
+
+def open_model(folder: str, options: dict[str, Any]) -> Any:
+    """The model, in float32."""
+    from vllm import LLM
+
+    return LLM(folder, dtype="float32", enforce_eager=True, max_model_len=64, **options)
 
 
 def main() -> None:
@@ -42,9 +68,12 @@ def main() -> None:
     os.dup2(2, 1)
     import vllm.v1.engine.llm_engine  # noqa: F401
 
+    functions = {f.__name__: f for f in (generate, embed)}
     fork = multiprocessing.get_context("fork")
     for line in sys.stdin:
-        process = fork.Process(target=generate, kwargs=json.loads(line))
+        request = json.loads(line)
+        function = functions[request.pop("function")]
+        process = fork.Process(target=function, kwargs=request)
         process.start()
         process.join()
         print(process.exitcode, file=replies, flush=True)

@@ -22,6 +22,9 @@ from tacq_vllm.integrations.vllm.errors import refuse
 from tacq_vllm.integrations.vllm.parallel import check_tensor_parallel_size
 from tacq_vllm.integrations.vllm.summary import LoadSummary
 
+_DRAFT = "draft_model."
+"""What vLLM puts before the names of a model that drafts for another."""
+
 
 @register_quantization_config(QUANT_METHOD)
 class TacqConfig(QuantizationConfig):
@@ -145,6 +148,6 @@ class TacqConfig(QuantizationConfig):
 
     def _parts(self, prefix: str) -> list[str]:
         """Names, unfused, of the linears that make up a module."""
-        parent, _, leaf = prefix.rpartition(".")
+        parent, _, leaf = prefix.removeprefix(_DRAFT).rpartition(".")
         parts = self.packed_modules_mapping.get(leaf, [leaf])
         return [f"{parent}.{part}" if parent else part for part in parts]

@@ -131,6 +131,11 @@ class TacqLinearMethod(LinearMethodBase):
         self.x_dtype = params_dtype
         load_format = get_current_vllm_config().load_config.load_format
         self.is_dummy_load = load_format == "dummy"
+        if load_format == "sharded_state":
+            refuse(
+                "--load-format sharded_state is not supported: leave it out, each rank "
+                "keeps its own part of an ordinary checkpoint"
+            )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that every tensor came, and merge the shards' outlier tables."""
@@ -228,5 +233,5 @@ def _parts(
     return [Part(*pair) for pair in zip(sizes, local_sizes, strict=True)]
 
 
-def _load_replicated(parameter: TrackedParameter, loaded_weight: Tensor) -> None:
-    parameter.load_replicated_weight(loaded_weight)
+def _load_replicated(param: TrackedParameter, loaded_weight: Tensor) -> None:
+    param.load_replicated_weight(loaded_weight)

@@ -221,9 +221,12 @@ class OutlierParameter(TrackedParameter):
 
 
 def load_outliers(
-    parameter: OutlierParameter,
+    param: OutlierParameter,
     loaded_weight: Tensor,
     loaded_shard_id: ShardId = None,
 ) -> None:
-    """Load a table; the parameter's `weight_loader`, as vLLM calls it."""
-    parameter.load_table(loaded_weight, loaded_shard_id)
+    """Load a table; the parameter's `weight_loader`, as vLLM calls it.
+
+    Reloading, vLLM puts another parameter in the place of the argument named `param`.
+    """
+    param.load_table(loaded_weight, loaded_shard_id)

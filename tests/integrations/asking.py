@@ -1,0 +1,126 @@
+"""Asking vLLM in processes of its own, and Transformers for what it should say."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import tacq_vllm.integrations.transformers  # noqa: F401
+from tests.conftest import VOCAB_SIZE
+from tests.integrations.vllm_worker import NEW_TOKENS
+from tests.serving import ENVIRONMENT
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_prompts() -> list[list[int]]:
+    """Prompts of random tokens: one token, a few, more than a sliding window."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
+        for length in range(1, 37, 3)
+    ]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What vLLM says."""
+
+    code: int
+    """Exit code of its process."""
+    file: Path
+    """What it was asked for."""
+    log: str
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The new ones, of each prompt."""
+        assert self.code == 0, self.log[-4000:]
+        tokens: list[list[int]] = json.loads(self.file.read_text())
+        return tokens
+
+    @property
+    def log_lines(self) -> list[str]:
+        """Those of the plugin."""
+        return [line for line in self.log.splitlines() if "] tacq: " in line]
+
+
+class Worker:
+    """The program that runs vLLM; files and log go to a folder."""
+
+    def __init__(self, process: "subprocess.Popen[str]", folder: Path) -> None:
+        self._process = process
+        self._folder = folder
+        self._count = 0
+
+    def __call__(self, checkpoint: Path, **options: Any) -> Answer:
+        """Ask for the greedy tokens that follow the prompts."""
+        return self.ask("generate", checkpoint, options)
+
+    def ask(
+        self,
+        function: str,
+        checkpoint: Path,
+        options: dict[str, Any],
+        **arguments: Any,
+    ) -> Answer:
+        """Ask a function of `vllm_worker`; options are those of `vllm.LLM`."""
+        self._count += 1
+        log, file = self._folder / "log", self._folder / f"answer{self._count}"
+        logged = log.stat().st_size
+        request = {
+            "function": function,
+            "folder": str(checkpoint),
+            "options": options,
+            "prompts": make_prompts(),
+            "answers": str(file),
+            **arguments,
+        }
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        code = int(self._process.stdout.readline())
+        return Answer(code, file, log.read_bytes()[logged:].decode())
+
+
+@contextmanager
+def vllm_worker(folder: Path) -> Iterator[Worker]:
+    """Start vLLM, to be asked."""
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.integrations.vllm_worker"],
+            cwd=ROOT,
+            env=ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
+        yield Worker(process, folder)
+
+
+def transformers_tokens(checkpoint: Path) -> list[list[int]]:
+    """The greedy tokens that follow the prompts, from the packed weights."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    new = []
+    for prompt in make_prompts():
+        tokens = torch.tensor([prompt])
+        out = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+        )
+        new.append(out[0, len(prompt) :].tolist())
+    return new

@@ -1,0 +1,101 @@
+"""What users of vLLM rely on, with a TaCQ checkpoint: the table in docs/vllm.md."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+import tacq_vllm.integrations.transformers  # noqa: F401
+from tests.integrations.asking import Worker, make_prompts, transformers_tokens
+from tests.integrations.conftest import FamilyCheckpoint
+from tests.integrations.vllm_worker import NEW_TOKENS
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+LOOKUP = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+SAME_TOKENS: dict[str, dict[str, Any]] = {
+    "prefix caching": {"enable_prefix_caching": True, "block_size": 32},
+    "chunked prefill": {"enable_chunked_prefill": True, "max_num_batched_tokens": 16},
+    "asynchronous scheduling": {"async_scheduling": True},
+    "n-gram speculation": {
+        "speculative_config": LOOKUP | {"num_speculative_tokens": 3}
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family_checkpoint: FamilyCheckpoint) -> Path:
+    return family_checkpoint("llama")
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[list[int]]:
+    return transformers_tokens(checkpoint)
+
+
+@pytest.mark.parametrize("feature", SAME_TOKENS)
+def test_the_same_tokens(
+    serve: Worker, checkpoint: Path, expected: list[list[int]], feature: str
+) -> None:
+    options = SAME_TOKENS[feature] | {"max_num_seqs": 8}
+    twice = make_prompts() * 2
+
+    answer = serve.ask("generate", checkpoint, options, prompts=twice)
+
+    assert answer.tokens == expected * 2
+
+
+def test_a_tacq_model_drafts(
+    serve: Worker, checkpoint: Path, expected: list[list[int]]
+) -> None:
+    draft = {"method": "draft_model", "num_speculative_tokens": 2}
+
+    answer = serve(checkpoint, speculative_config=draft | {"model": str(checkpoint)})
+
+    assert answer.tokens == expected
+
+
+def test_dummy_weights(serve: Worker, checkpoint: Path) -> None:
+    tokens = serve(checkpoint, load_format="dummy").tokens
+
+    assert {len(new) for new in tokens} == {NEW_TOKENS}
+
+
+def test_embeddings(serve: Worker, checkpoint: Path) -> None:
+    vectors = serve.ask("embed", checkpoint, {}).tokens
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    for prompt, vector in zip(make_prompts(), vectors, strict=True):
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([prompt])).last_hidden_state[0, -1]
+        torch.testing.assert_close(
+            torch.tensor(vector), normalize(hidden, dim=0), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_reloaded_weights(
+    serve: Worker, checkpoint: Path, expected: list[list[int]]
+) -> None:
+    answer = serve.ask("generate", checkpoint, {}, reloads=True)
+
+    assert answer.tokens == expected
+
+
+def test_sharded_state_is_refused(serve: Worker, checkpoint: Path) -> None:
+    answer = serve(checkpoint, load_format="sharded_state")
+
+    assert answer.code != 0
+    (line,) = answer.log_lines
+    assert "--load-format sharded_state is not supported" in line
+
+
+def test_sleep_is_refused_on_a_cpu(serve: Worker, checkpoint: Path) -> None:
+    answer = serve(checkpoint, enable_sleep_mode=True)
+
+    assert answer.code != 0
+    assert "Sleep mode is not supported on current platform" in answer.log
