@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from tacq_vllm import cli_convert
 from tacq_vllm.terminal import err, open_listener, out
 
 if TYPE_CHECKING:
@@ -153,11 +154,10 @@ def quantize(
         from transformers.utils import logging as transformers_logging
 
         from tacq_vllm.hub import write_model_card
-        from tacq_vllm.quantize.export import check_output
         from tacq_vllm.quantize.model import open_base_model
         from tacq_vllm.quantize.pipeline import quantize_model
         from tacq_vllm.quantize.progress import Progress as RunProgress
-        from tacq_vllm.quantize.workdir import open_workdir
+        from tacq_vllm.quantize.workdir import check_output, open_workdir
         from tacq_vllm.quantize.world import open_world
 
         check_output(output)
@@ -301,6 +301,9 @@ def _one_line_errors() -> Iterator[None]:
         _fail(f"{error}: pip install 'tacq-vllm[quantize,plots]'")
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where this one stopped")
+
+
+app.command("export")(_one_line_errors()(cli_convert.export_checkpoint))
 
 
 class InputError(ValueError):

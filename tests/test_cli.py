@@ -30,7 +30,7 @@ from tests.builders import (
 from tests.conftest import make_chat_tokenizer
 
 TACQ = Path(sys.executable).parent / "tacq"
-COMMANDS = ["quantize", "inspect", "verify", "push", "doctor"]
+COMMANDS = ["quantize", "inspect", "verify", "push", "doctor", "export"]
 
 
 def tacq(*arguments: str | Path) -> Result:
@@ -408,3 +408,22 @@ def test_an_extra_that_is_not_installed(
     result = tacq("inspect", tiny_checkpoint, "--plot", tmp_path / "kept.png")
 
     assert_one_line(result, "pip install 'tacq-vllm[")
+
+
+def test_export(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["export", tiny_checkpoint, "--to", "dequantized", "--output"]
+
+    result = tacq(*arguments, tmp_path / "out")
+
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'out'}: dequantized\n"
+    assert (tmp_path / "out" / WEIGHTS_NAME).is_file()
+    assert_one_line(tacq(*arguments, tmp_path / "out"), "choose another --output")
+
+
+def test_export_what_is_no_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    result = tacq(
+        "export", tiny_model, "--to", "dequantized", "--output", tmp_path / "out"
+    )
+
+    assert_one_line(result, "not a TaCQ checkpoint")

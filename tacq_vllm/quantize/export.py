@@ -20,23 +20,13 @@ from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
-from tacq_vllm.quantize.workdir import staged_folder
+from tacq_vllm.quantize.workdir import check_output, staged_folder
 
 REPORT_NAME = "report.jsonl"
 TIMINGS_NAME = "timings.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 
 WriteCard = Callable[[Path, QuantizationSchema], None]
-
-
-def check_output(output: Path) -> None:
-    """Refuse to write over anything.
-
-    Raises:
-        QuantizeError: `output` exists and is not an empty folder.
-    """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise QuantizeError(f"{output}: exists already; choose another --output")
 
 
 def export_checkpoint(

@@ -25,7 +25,7 @@ from tacq_vllm.data.sets import NAMED_SETS
 from tacq_vllm.format.schema import check_linear_shape
 from tacq_vllm.quantize import calibration, gradients
 from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.export import WriteCard, check_output, export_checkpoint
+from tacq_vllm.quantize.export import WriteCard, export_checkpoint
 from tacq_vllm.quantize.layerwise import GptqPass, Masks, QuantizedBlocks
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
@@ -37,7 +37,12 @@ from tacq_vllm.quantize.saliency import (
 )
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.selection import select_top
-from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir, fingerprint
+from tacq_vllm.quantize.workdir import (
+    PhaseFolder,
+    WorkDir,
+    check_output,
+    fingerprint,
+)
 from tacq_vllm.quantize.world import World
 
 Depends = dict[str, Any]

@@ -150,6 +150,16 @@ def open_workdir(folder: Path | None, output: Path, world: World) -> Iterator[Wo
         shutil.rmtree(chosen, ignore_errors=True)
 
 
+def check_output(output: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        QuantizeError: `output` exists and is not an empty folder.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise QuantizeError(f"{output}: exists already; choose another --output")
+
+
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """A hidden folder beside `final`, renamed to it when the body has succeeded."""

@@ -1,0 +1,36 @@
+"""The commands between TaCQ and other formats; `cli` adds them to `tacq`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tacq_vllm.terminal import open_listener
+
+Output = Annotated[
+    Path, typer.Option(help="Folder to make; must not exist or be empty.")
+]
+
+
+class TargetOption(StrEnum):
+    """Values of --to."""
+
+    dequantized = "dequantized"
+
+
+def export_checkpoint(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False),
+    ],
+    to: Annotated[TargetOption, typer.Option(help="An ordinary 16-bit checkpoint.")],
+    output: Output,
+) -> None:
+    """Write a checkpoint for tools that do not know TaCQ."""
+    from tacq_vllm.convert.dequantized import export_dequantized
+    from tacq_vllm.quantize.progress import Progress
+
+    with open_listener(leads=True) as listener:
+        export_dequantized(checkpoint, output, Progress(listener))
+    typer.echo(f"{output}: {to.value}")

@@ -1,0 +1,1 @@
+"""From other formats to TaCQ checkpoints, and back to ordinary ones."""

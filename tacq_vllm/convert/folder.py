@@ -1,0 +1,58 @@
+"""What a checkpoint folder has beside its weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from tacq_vllm.format.checkpoint import CONFIG_NAME
+from tacq_vllm.quantize.errors import QuantizeError
+
+CARD_NAME = "README.md"
+MAX_SHARD_BYTES = 4_000_000_000
+"""A shard grows no larger, one tensor aside."""
+
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+)
+"""Tokenizer, generation config and licence: never code, weights or another's card."""
+
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+
+
+def locate_model(name: str) -> Path:
+    """Give the folder of a model; one of the Hub is downloaded to the cache.
+
+    Raises:
+        QuantizeError: there is no such folder and no such repo.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise QuantizeError(f"{name}: cannot be loaded: {reason}") from error
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer, generation config and licence."""
+    for pattern in _COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json: the last file, without which no folder is a checkpoint."""
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
