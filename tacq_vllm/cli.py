@@ -303,6 +303,7 @@ def _one_line_errors() -> Iterator[None]:
         _fail("interrupted; the same command goes on where this one stopped")
 
 
+app.command("import")(_one_line_errors()(cli_convert.import_checkpoint))
 app.command("export")(_one_line_errors()(cli_convert.export_checkpoint))
 
 

@@ -34,3 +34,31 @@ def export_checkpoint(
     with open_listener(leads=True) as listener:
         export_dequantized(checkpoint, output, Progress(listener))
     typer.echo(f"{output}: {to.value}")
+
+
+def import_checkpoint(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="GPTQ, or compressed-tensors pack-quantized: a folder or a Hub id.",
+            show_default=False,
+        ),
+    ],
+    output: Output,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The 16-bit model, some of whose weights are to be kept."),
+    ] = None,
+    outlier_ratio: Annotated[
+        float | None, typer.Option(help="Share of weights kept in 16 bits.")
+    ] = None,
+) -> None:
+    """Make a TaCQ checkpoint with the weights of a quantized one."""
+    from tacq_vllm.convert import importing
+    from tacq_vllm.quantize.progress import Progress
+
+    with open_listener(leads=True) as listener:
+        importing.import_checkpoint(
+            checkpoint, output, Progress(listener), base, outlier_ratio
+        )
+    typer.echo(f"{output}: imported")

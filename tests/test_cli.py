@@ -28,9 +28,10 @@ from tests.builders import (
     truncate,
 )
 from tests.conftest import make_chat_tokenizer
+from tests.convert.sources import save_gptq
 
 TACQ = Path(sys.executable).parent / "tacq"
-COMMANDS = ["quantize", "inspect", "verify", "push", "doctor", "export"]
+COMMANDS = ["quantize", "inspect", "verify", "push", "doctor", "import", "export"]
 
 
 def tacq(*arguments: str | Path) -> Result:
@@ -427,3 +428,27 @@ def test_export_what_is_no_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
     )
 
     assert_one_line(result, "not a TaCQ checkpoint")
+
+
+def test_import(tiny_model: Path, tmp_path: Path) -> None:
+    save_gptq(tiny_model, tmp_path / "gptq", 4, 32, sym=True, version=1)
+    arguments = ["import", tmp_path / "gptq", "--output", tmp_path / "out"]
+
+    result = tacq(*arguments, "--base", tiny_model, "--outlier-ratio", "0.001")
+
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'out'}: imported\n"
+    assert sum(read_schema(tmp_path / "out").circuits["default"].values()) == 73
+    assert_one_line(tacq(*arguments), "choose another --output")
+
+
+def test_import_what_is_not_quantized(tiny_model: Path, tmp_path: Path) -> None:
+    result = tacq("import", tiny_model, "--output", tmp_path / "out")
+
+    assert_one_line(result, "quant_method is None; gptq and compressed-tensors can be")
+
+
+def test_import_what_does_not_exist(tmp_path: Path) -> None:
+    result = tacq("import", tmp_path / "nowhere", "--output", tmp_path / "out")
+
+    assert_one_line(result, "nowhere: cannot be loaded")

@@ -1,0 +1,239 @@
+"""GPTQ's layout.
+
+`RECORDED` are words that gptqmodel 7.7.0 writes: the function `pack_original` of its
+`nn_modules/qlinear/__init__.py`, run on the codes and zero-points of `recorded_linear`,
+and then `convert_gptq_v2_to_v1_format_module` of its `utils/model.py`.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import tacq_vllm.integrations.transformers  # noqa: F401 - registers the quantizer
+from tacq_vllm.convert.gptq import GptqLayout
+from tacq_vllm.convert.importing import import_checkpoint
+from tacq_vllm.format.checkpoint import read_schema
+from tacq_vllm.format.validation import find_faults
+from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.progress import Progress
+from tests.builders import Change, put, remove, replace, rewrite_tensors
+from tests.conftest import Recorder
+from tests.convert.sources import (
+    block_linears,
+    gptq_tensors,
+    rewrite_block,
+    save_gptq,
+)
+
+RECORDED = {
+    2: {
+        "row 3": "3c796d3c 6d3c796d",
+        "row 20": "d01d01d0 01d01d01",
+        "gptq_v2": "756241d0 018fcbab",
+        "gptq": "200cec7b ac3a7656",
+    },
+    3: {
+        "row 3": "f5bb99d8 129d0fc3 bb99d8ad",
+        "row 20": "59001744 90017441 00174415",
+        "gptq_v2": "a6305640 7597ac92 821d1b73",
+        "gptq": "5d0fc43f e34e8800 7d8ad24e",
+    },
+    4: {
+        "row 3": "5e71c730 8bf49f6d 53211235 d6f94fb8",
+        "row 20": "08093d84 bd048d39 0db98889 08093d84",
+        "gptq_v2": "1c853100 d39192c6 3467ae27 40c96433",
+        "gptq": "0b741fef c28081b5 23569d16 2fb85322",
+    },
+}
+LINEAR = "model.layers.1.mlp.up_proj"
+
+
+def recorded_linear(bits: int) -> tuple[Tensor, Tensor]:
+    """Codes [32, 32] and zero-points [32, 1]."""
+    rows, columns = torch.arange(32)[:, None], torch.arange(32)[None]
+    codes = rows * columns + columns * columns // 3 + rows // 5
+    return codes % 2**bits, (rows**2 // 3 + rows // 7) % 2**bits
+
+
+def words(tensor: Tensor) -> str:
+    return " ".join(f"{word & 0xFFFFFFFF:08x}" for word in tensor.tolist())
+
+
+@pytest.mark.parametrize("bits", RECORDED)
+@pytest.mark.parametrize("version", [1, 2])
+def test_words_of_the_package_are_read(bits: int, version: int) -> None:
+    codes, zeros = recorded_linear(bits)
+    scales = torch.rand(32, 1).half()
+
+    packed = gptq_tensors(codes, zeros, scales, bits, version)
+    name = "gptq" if version == 1 else "gptq_v2"
+    layout = GptqLayout(bits=bits, group_size=-1, checkpoint_format=name)
+    linear = layout.unpack(packed, 32, 32)
+
+    assert words(packed["qweight"][:, 3]) == RECORDED[bits]["row 3"]
+    assert words(packed["qweight"][:, 20]) == RECORDED[bits]["row 20"]
+    assert words(packed["qzeros"][0]) == RECORDED[bits][name]
+    assert torch.equal(linear.codes.long(), codes)
+    assert torch.equal(linear.zeros.long(), zeros)
+    assert torch.equal(linear.scales, scales)
+    expected = (codes - zeros).float() * scales.float()
+    assert torch.equal(linear.dequantize(), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("version", [1, 2])
+@torch.no_grad()
+def test_weights_and_logits_are_those_of_the_source(
+    tiny_model: Path, tmp_path: Path, tokens: Tensor, bits: int, sym: bool, version: int
+) -> None:
+    group_size = 32 if sym else -1
+    source = save_gptq(tiny_model, tmp_path / "gptq", bits, group_size, sym, version)
+    recorder = Recorder()
+
+    import_checkpoint(
+        str(tmp_path / "gptq"), tmp_path / "tacq", Progress(recorder), None, None
+    )
+
+    assert find_faults(tmp_path / "tacq") == []
+    assert recorder.phases == {"import": 14}
+    schema = read_schema(tmp_path / "tacq")
+    assert (schema.bits, schema.group_size, schema.dtype) == (
+        bits,
+        group_size,
+        "float16",
+    )
+    assert sum(schema.circuits["default"].values()) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tacq", dtype=torch.float32)
+    for name, linear in block_linears(source):
+        weight = model.get_submodule(name).dequantize(torch.float32)
+        assert torch.equal(weight, linear.weight)
+    logits = model.eval()(tokens).logits
+    torch.testing.assert_close(logits, source(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def gptq_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "tiny-gptq"
+    save_gptq(tiny_model, folder, 4, 32, sym=True, version=1)
+    return folder
+
+
+@pytest.fixture
+def gptq_copy(gptq_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(gptq_folder, tmp_path / "gptq"))
+
+
+def test_what_the_older_configuration_file_says(
+    gptq_copy: Path, tmp_path: Path
+) -> None:
+    config = (gptq_copy / "config.json").read_text()
+    block = '"quantization_config": '
+    start = config.index(block)
+    (gptq_copy / "quantize_config.json").write_text(
+        config[start + len(block) :].removesuffix("}")
+    )
+    (gptq_copy / "config.json").write_text(config[:start].rstrip(", ") + "}")
+
+    import_checkpoint(str(gptq_copy), tmp_path / "out", Progress())
+
+    assert read_schema(tmp_path / "out").recipe["format"] == "gptq"
+
+
+def test_biases_of_zeros_that_the_model_does_not_have(
+    gptq_copy: Path, tmp_path: Path
+) -> None:
+    bias = f"{LINEAR}.bias"
+    rewrite_tensors(gptq_copy, lambda t: t.update({bias: torch.zeros(128)}))
+    import_checkpoint(str(gptq_copy), tmp_path / "out", Progress())
+    assert find_faults(tmp_path / "out") == []
+
+    rewrite_tensors(gptq_copy, replace(bias, put(3, 1.0)))
+    with pytest.raises(QuantizeError, match=f"{bias}: the model has no such bias"):
+        import_checkpoint(str(gptq_copy), tmp_path / "other", Progress())
+
+
+def of_tensors(change: Change) -> Callable[[Path], None]:
+    return lambda folder: rewrite_tensors(folder, change)
+
+
+def of_block(**fields: object) -> Callable[[Path], None]:
+    return lambda folder: rewrite_block(folder, **fields)
+
+
+def swap_columns(order: Tensor) -> Tensor:
+    return order.flip(0).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (
+            of_tensors(replace(f"{LINEAR}.g_idx", swap_columns)),
+            f"{LINEAR}.g_idx: columns are grouped in activation order (desc_act",
+        ),
+        (
+            of_tensors(remove(f"{LINEAR}.qzeros")),
+            f"{LINEAR}.qzeros: the tensor is missing",
+        ),
+        (
+            of_tensors(replace(f"{LINEAR}.scales", lambda t: t[:1].contiguous())),
+            f"{LINEAR}.scales: is torch.float16 [1, 128], not torch.float16 or "
+            "torch.bfloat16 [2, 128]",
+        ),
+        (
+            of_tensors(replace(f"{LINEAR}.scales", lambda t: t.float())),
+            f"{LINEAR}.scales: is torch.float32",
+        ),
+        (
+            of_tensors(replace(f"{LINEAR}.scales", lambda t: t.bfloat16())),
+            f"{LINEAR}: scales are torch.bfloat16, those of others torch.float16",
+        ),
+        (
+            of_tensors(replace(f"{LINEAR}.scales", put(5, float("nan")))),
+            f"{LINEAR}.scales: a value is not finite",
+        ),
+        (
+            of_tensors(lambda t: t.update({f"{LINEAR}.extra": torch.zeros(1)})),
+            f"{LINEAR}.extra: not a tensor of gptq",
+        ),
+        (
+            of_tensors(lambda t: t.update({"lm_head.qweight": torch.zeros(1)})),
+            "lm_head: not a linear of the decoder's blocks",
+        ),
+        (
+            of_tensors(
+                lambda t: t.update({f"{LINEAR}.weight": t.pop(f"{LINEAR}.qweight")})
+            ),
+            f"{LINEAR}: is not quantized, and others that engines fuse it with are",
+        ),
+        (of_block(bits=8), "quantization: bits: Input should be 2, 3 or 4"),
+        (of_block(bits=3), "qweight: is torch.int32 [8, 64], not torch.int32 [6, 64]"),
+        (of_block(checkpoint_format="marlin"), "checkpoint_format: Input should be"),
+        (of_block(group_size=0), "quantization: group_size."),
+        (of_block(group_size=128), "group_size 128 does not divide its 64"),
+        (of_block(quant_method="awq"), "quant_method is 'awq'; gptq and compressed"),
+    ],
+)
+def test_what_tacq_cannot_store_is_refused(
+    gptq_copy: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    damage(gptq_copy)
+
+    with pytest.raises(QuantizeError) as caught:
+        import_checkpoint(str(gptq_copy), tmp_path / "out", Progress())
+
+    assert reason in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"gptq"}
+
+
+def test_groups_that_tacq_does_not_have(tiny_model: Path, tmp_path: Path) -> None:
+    save_gptq(tiny_model, tmp_path / "gptq", 4, 8, sym=True, version=1)
+
+    with pytest.raises(QuantizeError, match="group_size 8: not -1 or 16, 32"):
+        import_checkpoint(str(tmp_path / "gptq"), tmp_path / "out", Progress())
