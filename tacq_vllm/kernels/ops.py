@@ -10,13 +10,13 @@
 import functools
 import importlib.util
 import platform
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.kernels.reference import linear_forward
+from tacq_vllm.kernels.reference import linear_backward, linear_forward
 
 
 class Kernels(Protocol):
@@ -43,6 +43,12 @@ _LIBRARY.define(
     "Tensor qzeros, Tensor? qzeros_high, Tensor outliers, Tensor? bias, int bits) "
     "-> Tensor",
     tags=torch.Tag.needs_fixed_stride_order,
+)
+# An operator too, so that what is compiled need not look into it.
+_LIBRARY.define(
+    "linear_backward(Tensor grad, Tensor qweight, Tensor? qweight_high, Tensor scales, "
+    "Tensor qzeros, Tensor? qzeros_high, Tensor outliers, int bits, int in_features) "
+    "-> Tensor"
 )
 
 
@@ -88,7 +94,70 @@ def _fake_linear(
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
+@torch.library.impl(_LIBRARY, "linear_backward", "CompositeExplicitAutograd")
+def _linear_backward(
+    grad: Tensor,
+    qweight: Tensor,
+    qweight_high: Tensor | None,
+    scales: Tensor,
+    qzeros: Tensor,
+    qzeros_high: Tensor | None,
+    outliers: Tensor,
+    bits: int,
+    in_features: int,
+) -> Tensor:
+    packed = PackedLinear(
+        qweight=qweight,
+        qweight_high=qweight_high,
+        scales=scales,
+        qzeros=qzeros,
+        qzeros_high=qzeros_high,
+        outliers=outliers,
+        bits=bits,
+        in_features=in_features,
+    )
+    return linear_backward(grad, packed)
+
+
+def _fake_linear_backward(
+    grad: Tensor,
+    qweight: Tensor,
+    qweight_high: Tensor | None,
+    scales: Tensor,
+    qzeros: Tensor,
+    qzeros_high: Tensor | None,
+    outliers: Tensor,
+    bits: int,
+    in_features: int,
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *stored, _, bits = inputs
+    ctx.save_for_backward(*stored)
+    ctx.bits, ctx.in_features = bits, x.shape[-1]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x and of the bias: the packed weight has none."""
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.tacq.linear_backward(
+            grad, *ctx.saved_tensors, ctx.bits, ctx.in_features
+        )
+    if ctx.needs_input_grad[7]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return (grad_x, *(None,) * 6, grad_bias, None)
+
+
 torch.library.register_fake("tacq::linear", _fake_linear, lib=_LIBRARY)
+torch.library.register_fake(
+    "tacq::linear_backward", _fake_linear_backward, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "tacq::linear", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY
+)
 
 
 def quantized_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:

@@ -5,6 +5,8 @@ plus the kept weights. The linear works on blocks of rows, so that no full dense
 weight exists at once.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
@@ -27,15 +29,35 @@ def dequantize(linear: PackedLinear, dtype: torch.dtype = torch.float32) -> Tens
 
 def linear_forward(x: Tensor, linear: PackedLinear, bias: Tensor | None) -> Tensor:
     """Multiply x [..., in] with the weight: [..., out], in the type of x."""
+    out = x.new_empty(*x.shape[:-1], linear.out_features)
+    for start, stop, weight in _blocks(linear, x.dtype):
+        out[..., start:stop] = dense_linear(x, weight)
+    return out if bias is None else out + bias
+
+
+def linear_backward(grad: Tensor, linear: PackedLinear) -> Tensor:
+    """The gradient of x for that of the output, [..., out]: [..., in], in its type."""
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    total = grad.new_zeros(*grad.shape[:-1], linear.in_features, dtype=dtype)
+    for start, stop, weight in _blocks(linear, grad.dtype):
+        total += grad[..., start:stop] @ weight
+    return total.to(grad.dtype)
+
+
+def _blocks(
+    linear: PackedLinear, dtype: torch.dtype
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Blocks of rows: the first, the one after the last, and their dense weight."""
     rows = max(1, BLOCK_WEIGHTS // linear.in_features)
     zeros = unpack_codes(linear.zero_planes, linear.bits, linear.out_features, dim=0)
     outliers = unpack_outliers(linear)
-    out = x.new_empty(*x.shape[:-1], linear.out_features)
     for start in range(0, linear.out_features, rows):
         stop = min(start + rows, linear.out_features)
-        weight = _dequantize_rows(linear, zeros, outliers, start, stop, x.dtype)
-        out[..., start:stop] = dense_linear(x, weight)
-    return out if bias is None else out + bias
+        yield (
+            start,
+            stop,
+            _dequantize_rows(linear, zeros, outliers, start, stop, dtype),
+        )
 
 
 def _dequantize_rows(

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as dense_linear
 
 from tacq_vllm.format.linear import PackedLinear, slice_columns
 from tacq_vllm.kernels import ops
@@ -105,3 +106,55 @@ def test_eager_backend_gives_the_same() -> None:
     compiled = torch.compile(quantized_linear, fullgraph=True, backend="eager")
 
     assert torch.equal(compiled(x, packed, None), quantized_linear(x, packed, None))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 20, 64), (0, 64)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_are_those_of_the_dense_linear(
+    bits: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    packed, dense = random_linear(bits, 24, 64, 32, 0.03, torch.bfloat16, 6)
+    x, bias = random_input(*shape, dtype=dtype), random_input(24, dtype=dtype)
+    grad = random_input(*shape[:-1], 24, dtype=dtype)
+    inputs = [tensor.clone().requires_grad_() for tensor in (x, bias)]
+    expected = [tensor.double().requires_grad_() for tensor in (x, bias)]
+
+    quantized_linear(inputs[0], packed, inputs[1]).backward(grad)
+
+    dense_linear(expected[0], dense, expected[1]).backward(grad.double())
+    for tensor, other in zip(inputs, expected, strict=True):
+        assert tensor.grad.dtype == dtype
+        torch.testing.assert_close(
+            tensor.grad.double(), other.grad, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_gradient_in_16_bits() -> None:
+    packed, dense = random_linear(3, 24, 64, 32, 0.03, torch.bfloat16, 7)
+    x = random_input(3, 64, dtype=torch.bfloat16).requires_grad_()
+    grad = random_input(3, 24, dtype=torch.bfloat16)
+
+    quantized_linear(x, packed, None).backward(grad)
+
+    assert_is_product(x.grad, grad, dense.T)
+
+
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, _ = random_linear(3, 24, 64, 32, 0.03, torch.bfloat16, 8)
+    bias = random_input(24).requires_grad_()
+    monkeypatch.setattr(ops, "linear_backward", None)
+
+    assert not quantized_linear(random_input(3, 64), packed, None).requires_grad
+    quantized_linear(random_input(3, 64), packed, bias).sum().backward()
+
+    assert torch.equal(bias.grad, torch.full((24,), 3.0))
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("shape", [(64,), (2, 20, 64)])
+def test_opcheck_with_gradients(bits: int, shape: tuple[int, ...]) -> None:
+    packed, _ = random_linear(bits, 24, 64, 32, 0.03, torch.bfloat16, 9)
+    x, bias = random_input(*shape).requires_grad_(), random_input(24).requires_grad_()
+
+    torch.library.opcheck(torch.ops.tacq.linear, op_arguments(x, packed, bias))

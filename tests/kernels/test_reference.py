@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tacq_vllm.kernels import reference
-from tacq_vllm.kernels.reference import dequantize, linear_forward
+from tacq_vllm.kernels.reference import dequantize, linear_backward, linear_forward
 from tests.builders import assert_is_product, random_linear
 
 BITS = st.sampled_from([2, 3, 4])
@@ -77,6 +77,8 @@ def test_blocks_of_any_size_give_the_same(
     monkeypatch.setattr(reference, "BLOCK_WEIGHTS", block_weights)
 
     assert_is_product(linear_forward(x, packed, None), x, dense)
+    grad = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    assert_is_product(linear_backward(grad, packed), grad, dense.T)
 
 
 def test_the_kept_value_is_exact_where_the_code_is_the_zero_point() -> None:
