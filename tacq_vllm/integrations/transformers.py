@@ -64,8 +64,8 @@ class TacqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """The packed weights have no gradients."""
-        return False
+        """Adapters on top can be trained; the packed weights have no gradients."""
+        return True
 
     def _process_model_before_weight_loading(
         self,
