@@ -13,14 +13,16 @@ from tacq_vllm.config import load_recipe, recipe_folder
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TRANSFORMERS = (ROOT / "docs" / "transformers.md").read_text()
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def code_blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def tacq_commands() -> list[str]:
-    lines = (line for block in code_blocks("") for line in block.splitlines())
+    blocks = code_blocks("") + code_blocks("", TRANSFORMERS)
+    lines = (line for block in blocks for line in block.splitlines())
     return [line.split("#")[0] for line in lines if line.startswith("tacq ")]
 
 
@@ -44,6 +46,19 @@ def test_python_runs(tiny_checkpoint):
         names: dict[str, object] = {}
         exec(code, names)
         assert names["model"].is_quantized
+
+
+def test_the_page_on_transformers_runs(tiny_checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    (tmp_path / "model-TaCQ-w3").symlink_to(tiny_checkpoint)
+    monkeypatch.chdir(tmp_path)
+
+    names: dict[str, object] = {}
+    for block in code_blocks("python", TRANSFORMERS):
+        exec(block, names)
+
+    assert names["model"].get_base_model().is_quantized
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_make_targets_exist():

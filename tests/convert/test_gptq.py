@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tacq_vllm.integrations.transformers  # noqa: F401 - registers the quantizer
+from tacq_vllm.convert import folder
 from tacq_vllm.convert.gptq import GptqLayout
 from tacq_vllm.convert.importing import import_checkpoint
-from tacq_vllm.format.checkpoint import read_schema
+from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
@@ -51,6 +53,7 @@ RECORDED = {
     },
 }
 LINEAR = "model.layers.1.mlp.up_proj"
+EXPERT = "model.layers.0.mlp.experts.0.up_proj"
 
 
 def recorded_linear(bits: int) -> tuple[Tensor, Tensor]:
@@ -119,14 +122,49 @@ def test_weights_and_logits_are_those_of_the_source(
 
 @pytest.fixture(scope="module")
 def gptq_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "tiny-gptq"
-    save_gptq(tiny_model, folder, 4, 32, sym=True, version=1)
-    return folder
+    path = tmp_path_factory.mktemp("source") / "tiny-gptq"
+    save_gptq(tiny_model, path, 4, 32, sym=True, version=1)
+    return path
 
 
 @pytest.fixture
 def gptq_copy(gptq_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(gptq_folder, tmp_path / "gptq"))
+
+
+def test_a_hub_id(
+    gptq_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the Hub's client downloads is imported; where it lies is not told."""
+
+    def download(repo_id: str, allow_patterns: list[str]) -> str:
+        assert repo_id == "org/name"
+        return str(gptq_folder)
+
+    monkeypatch.setattr(folder, "snapshot_download", download)
+
+    import_checkpoint("org/name", tmp_path / "out", Progress())
+
+    assert read_schema(tmp_path / "out").recipe["source"] == "org/name"
+    assert "# org/name, as a TaCQ" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_tensors_that_are_not_quantized_are_copied(
+    gptq_folder: Path, tmp_path: Path
+) -> None:
+    import_checkpoint(str(gptq_folder), tmp_path / "out", Progress())
+
+    source, stored = (
+        load_file(path / WEIGHTS_NAME) for path in (gptq_folder, tmp_path / "out")
+    )
+    linears = read_schema(tmp_path / "out").linears
+    others = {name for name in source if name.rpartition(".")[0] not in linears}
+    assert others == {name for name in stored if name.rpartition(".")[0] not in linears}
+    assert len(others) == 7
+    assert all(torch.equal(source[name], stored[name]) for name in others)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (tmp_path / "out" / name).read_text()
+        assert text == (gptq_folder / name).read_text()
 
 
 def test_what_the_older_configuration_file_says(
@@ -159,11 +197,11 @@ def test_biases_of_zeros_that_the_model_does_not_have(
 
 
 def of_tensors(change: Change) -> Callable[[Path], None]:
-    return lambda folder: rewrite_tensors(folder, change)
+    return lambda path: rewrite_tensors(path, change)
 
 
 def of_block(**fields: object) -> Callable[[Path], None]:
-    return lambda folder: rewrite_block(folder, **fields)
+    return lambda path: rewrite_block(path, **fields)
 
 
 def swap_columns(order: Tensor) -> Tensor:
@@ -205,6 +243,10 @@ def swap_columns(order: Tensor) -> Tensor:
         (
             of_tensors(lambda t: t.update({"lm_head.qweight": torch.zeros(1)})),
             "lm_head: not a linear of the decoder's blocks",
+        ),
+        (
+            of_tensors(lambda t: t.update({f"{EXPERT}.qweight": torch.zeros(1)})),
+            f"{EXPERT}: not a linear of the decoder's blocks",
         ),
         (
             of_tensors(
