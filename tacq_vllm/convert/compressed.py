@@ -33,6 +33,7 @@ class _Weights(BaseModel):
     type: Literal["int"]
     strategy: Literal["group", "channel"]
     group_size: GroupSize | None = None
+    symmetric: bool = True
 
     @property
     def columns(self) -> int:
@@ -68,24 +69,23 @@ class CompressedLayout(BaseModel):
 
     @model_validator(mode="after")
     def _check_groups(self) -> "CompressedLayout":
-        schemes = [scheme.weights for scheme in self.config_groups.values()]
-        if len({(weights.num_bits, weights.columns) for weights in schemes}) > 1:
+        if len({(weights.num_bits, weights.columns) for weights in self._weights}) > 1:
             raise ValueError("config_groups: TaCQ has one num_bits and one group_size")
         return self
 
     @property
     def bits(self) -> Bits:
         """Bits of a code."""
-        return self._weights.num_bits
+        return self._weights[0].num_bits
 
     @property
     def group_size(self) -> int:
         """Input columns that share a scale; -1: the whole row."""
-        return self._weights.columns
+        return self._weights[0].columns
 
     @property
-    def _weights(self) -> _Weights:
-        return next(iter(self.config_groups.values())).weights
+    def _weights(self) -> list[_Weights]:
+        return [scheme.weights for scheme in self.config_groups.values()]
 
     def unpack(
         self, tensors: Mapping[str, Tensor], out_features: int, in_features: int
@@ -94,9 +94,12 @@ class CompressedLayout(BaseModel):
         groups = num_groups(in_features, self.group_size)
         fields = WORD_BITS // self.bits
         code_words, zero_words = -(-in_features // fields), -(-out_features // fields)
+        is_symmetric = any(weights.symmetric for weights in self._weights)
         expected = {
             "weight_packed": Expected((out_features, code_words)),
-            "weight_zero_point": Expected((zero_words, groups), is_optional=True),
+            "weight_zero_point": Expected(
+                (zero_words, groups), is_optional=is_symmetric
+            ),
             "weight_scale": Expected((out_features, groups), SCALE_DTYPES),
             "weight_g_idx": Expected((in_features,), is_optional=True),
         }

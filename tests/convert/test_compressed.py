@@ -13,7 +13,7 @@ from tacq_vllm.format.checkpoint import read_schema
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
-from tests.builders import replace, rewrite_tensors
+from tests.builders import remove, replace, rewrite_tensors
 from tests.conftest import make_tokenizer
 from tests.convert.sources import block_linears, rewrite_block
 
@@ -134,4 +134,13 @@ def test_columns_in_activation_order(tiny_model: Path, tmp_path: Path) -> None:
 
     rewrite_tensors(tmp_path / "source", replace(name, lambda t: t.flip(0)))
     with pytest.raises(QuantizeError, match=f"{name}: columns are grouped in"):
+        import_checkpoint(str(tmp_path / "source"), tmp_path / "out", Progress())
+
+
+def test_zero_points_that_are_missing(tiny_model: Path, tmp_path: Path) -> None:
+    save_compressed(tiny_model, tmp_path / "source", 4, 32, sym=False)
+    name = f"{LINEAR}.weight_zero_point"
+    rewrite_tensors(tmp_path / "source", remove(name))
+
+    with pytest.raises(QuantizeError, match=f"{name}: the tensor is missing"):
         import_checkpoint(str(tmp_path / "source"), tmp_path / "out", Progress())
