@@ -92,14 +92,16 @@ class Worker:
 
 
 @contextmanager
-def vllm_worker(folder: Path) -> Iterator[Worker]:
+def vllm_worker(
+    folder: Path, environment: dict[str, str] = ENVIRONMENT
+) -> Iterator[Worker]:
     """Start vLLM, to be asked."""
     with (
         (folder / "log").open("wb") as log,
         subprocess.Popen(
             [sys.executable, "-m", "tests.integrations.vllm_worker"],
             cwd=ROOT,
-            env=ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            env=environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -112,6 +114,11 @@ def vllm_worker(folder: Path) -> Iterator[Worker]:
 def transformers_tokens(checkpoint: Path) -> list[list[int]]:
     """The greedy tokens that follow the prompts, from the packed weights."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return greedy_tokens(model)
+
+
+def greedy_tokens(model: Any) -> list[list[int]]:
+    """The greedy tokens that follow the prompts, from a model of Transformers."""
     model.generation_config.eos_token_id = None
     new = []
     for prompt in make_prompts():

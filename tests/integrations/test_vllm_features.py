@@ -11,7 +11,12 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import tacq_vllm.integrations.transformers  # noqa: F401
-from tests.integrations.asking import Worker, make_prompts, transformers_tokens
+from tests.integrations.asking import (
+    Worker,
+    greedy_tokens,
+    make_prompts,
+    transformers_tokens,
+)
 from tests.integrations.conftest import FamilyCheckpoint
 from tests.integrations.vllm_worker import NEW_TOKENS
 
@@ -84,6 +89,30 @@ def test_reloaded_weights(
     answer = serve.ask("generate", checkpoint, {}, reloads=True)
 
     assert answer.tokens == expected
+
+
+def test_a_lora_adapter(
+    serve: Worker, checkpoint: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    torch.manual_seed(0)
+    # Random from the start, so that it changes something.
+    config = peft.LoraConfig(
+        r=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(model.dequantize(), config)
+    adapted.save_pretrained(tmp_path)
+
+    answer = serve.ask(
+        "generate",
+        checkpoint,
+        {"enable_lora": True, "max_lora_rank": 8},
+        adapter=str(tmp_path),
+    )
+
+    assert answer.tokens == greedy_tokens(adapted)
+    assert answer.tokens != expected
 
 
 def test_sharded_state_is_refused(serve: Worker, checkpoint: Path) -> None:
