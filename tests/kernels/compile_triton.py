@@ -68,7 +68,7 @@ def main() -> None:
     """Compile for the compute capability that is the argument."""
     capability = int(sys.argv[1])
     target = GPUTarget("cuda", capability, 32)
-    for bits, x in ((2, "*bf16"), (3, "*fp16"), (3, "*bf16"), (4, "*bf16")):
+    for bits, x in ((2, "*bf16"), (3, "*bf16"), (4, "*fp16")):
         for kernel, tile, constants in kernels(capability, x):
             compile_kernel(kernel, tile, constants, bits, x, target)
             print(kernel.__name__, bits, x, tile, flush=True)
