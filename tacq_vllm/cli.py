@@ -6,22 +6,18 @@ Heavy modules are imported inside the commands, so that `--help` is instant.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from tacq_vllm import cli_convert
-from tacq_vllm.terminal import err, open_listener, out
+from tacq_vllm import cli_convert, cli_show
+from tacq_vllm.terminal import err, open_listener
 
 if TYPE_CHECKING:
     import torch
 
-    from tacq_vllm.format.inspection import Inspection
-    from tacq_vllm.hub.push import Push
 
 app = typer.Typer(
     name="tacq",
@@ -182,7 +178,7 @@ def quantize(
                 world,
             )
             if world.leads:
-                _print_summary(output)
+                cli_show.print_summary(output)
 
 
 @app.command()
@@ -210,9 +206,9 @@ def inspect(
             except ValueError as error:
                 raise InputError(f"{plot}: {error}") from error
         if as_json:
-            typer.echo(json.dumps(_inspection_json(figures), indent=2))
+            typer.echo(json.dumps(cli_show.inspection_json(figures), indent=2))
         else:
-            _print_inspection(figures)
+            cli_show.print_inspection(figures)
 
 
 @app.command()
@@ -278,7 +274,7 @@ def push(
         _quiet_client()
         plan = plan_push(folder, repo_id, private, revision)
         if dry_run:
-            _print_push(plan)
+            cli_show.print_push(plan)
         else:
             typer.echo(upload(plan))
 
@@ -342,78 +338,3 @@ def _quiet_client() -> None:
 
     if not err.is_terminal:
         disable_progress_bars()
-
-
-def _print_push(plan: "Push") -> None:
-    for name, nbytes in plan.sizes.items():
-        typer.echo(f"{nbytes:>15,}  {name}")
-    for name in plan.deleted:
-        typer.echo(f"{'deleted':>15}  {name}")
-    where = "a new private repo" if plan.private else "a new repo"
-    if not plan.makes_repo:
-        where = "a new branch" if plan.makes_branch else "the repo"
-    typer.echo(
-        f"{sum(plan.sizes.values()):>15,}  bytes for {plan.repo_id}, branch "
-        f"{plan.branch}, {where}; its card:\n\n{plan.card}"
-    )
-
-
-def _print_summary(folder: Path) -> None:
-    from tacq_vllm.format.inspection import inspect_checkpoint
-
-    figures = inspect_checkpoint(folder)
-    typer.echo(
-        f"{folder}: {figures.effective_bits:.3f} effective bits "
-        f"({figures.paper_bits:.3f} by the paper's formula), "
-        f"{figures.outliers:,} weights kept, {figures.checkpoint_bytes / 1e6:.1f} MB"
-    )
-
-
-def _inspection_json(figures: "Inspection") -> dict[str, object]:
-    return {
-        "bits": figures.bits,
-        "group_size": figures.group_size,
-        "dtype": figures.dtype,
-        "effective_bits": figures.effective_bits,
-        "paper_bits": figures.paper_bits,
-        "weights": figures.weights,
-        "outliers": figures.outliers,
-        "linear_bytes": figures.linear_bytes,
-        "checkpoint_bytes": figures.checkpoint_bytes,
-        "tensor_parallel_sizes": figures.tensor_parallel_sizes,
-        "linears": [
-            {**asdict(linear), "effective_bits": linear.effective_bits}
-            for linear in figures.linears
-        ],
-    }
-
-
-def _print_inspection(figures: "Inspection") -> None:
-    table = Table("linear", "shape", "outliers", "share %", "bytes", "bits")
-    for linear in figures.linears:
-        table.add_row(
-            linear.name,
-            f"{linear.out_features}x{linear.in_features}",
-            f"{linear.outliers}",
-            f"{100 * linear.outliers / linear.weights:.3f}",
-            f"{linear.nbytes}",
-            f"{linear.effective_bits:.3f}",
-        )
-    out.print(table)
-    group = "row" if figures.group_size == -1 else f"{figures.group_size} columns"
-    typer.echo(
-        f"{figures.bits} bits, a scale per {group}, {figures.dtype}; "
-        f"{figures.outliers:,} of {figures.weights:,} weights kept in 16 bits\n"
-        f"effective bits {figures.effective_bits:.4f} "
-        f"(codes, scales, zero-points, kept weights, indices); "
-        f"paper's formula {figures.paper_bits:.4f}\n"
-        f"quantized linears {figures.linear_bytes:,} bytes; "
-        f"weight files {figures.checkpoint_bytes:,} bytes\n"
-        f"tensor-parallel sizes: {_sizes_text(figures.tensor_parallel_sizes)}"
-    )
-
-
-def _sizes_text(sizes: tuple[int, ...] | None) -> str:
-    if sizes is None:
-        return "not stated"
-    return ", ".join(map(str, sizes)) or "none"
