@@ -21,12 +21,12 @@ MAX_DAMP = 1.0
 """Damping, as a share of the mean diagonal, past which a Hessian is refused."""
 
 
-_HESSIAN_COLUMNS = 256
+_HESSIAN_COLUMNS = 512
 """Columns of a block of the symmetric product, of which one half is computed."""
 
-
-_HESSIAN_TOKENS = 2048
-"""Short samples are multiplied together, so many tokens at a time."""
+_HESSIAN_TOKENS = 512
+"""Tokens that are multiplied at a time. Of longer sums a matrix product gives some to
+each thread, so that the result would depend on their number."""
 
 
 class Hessian:
@@ -59,11 +59,12 @@ class Hessian:
         return self._total
 
     def _multiply(self) -> None:
-        x = torch.cat(self._waiting)
+        tokens = torch.cat(self._waiting)
         self._waiting, self._num_waiting = [], 0
-        for start in range(0, x.shape[1], _HESSIAN_COLUMNS):
-            stop = start + _HESSIAN_COLUMNS
-            self._total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+        for x in tokens.split(_HESSIAN_TOKENS):
+            for start in range(0, x.shape[1], _HESSIAN_COLUMNS):
+                stop = start + _HESSIAN_COLUMNS
+                self._total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
 
     def mean(self) -> Tensor:
         """The sum over its number of tokens: float32 [in, in]."""
@@ -194,6 +195,9 @@ def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
     An input that is always zero gets a diagonal of one, so that its weights are
     rounded to the nearest value. Where the factorization fails, damping doubles.
 
+    Factors in float64: GPTQ makes other codes of the smallest difference, and in
+    float32 the result would depend on the number of threads.
+
     Raises:
         QuantizeError: it still fails at `MAX_DAMP`, or H is not finite.
     """
@@ -203,12 +207,13 @@ def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
     H = H + torch.diag((diagonal == 0).to(H.dtype))
     mean = H.diagonal().mean()
     while damp_percent <= MAX_DAMP:
-        damped = H + torch.eye(H.shape[0], device=H.device) * (damp_percent * mean)
+        damped = H.to(torch.float64, copy=True)
+        damped.diagonal().add_(damp_percent * mean)
         L, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
             if not failed:
-                return U, damp_percent
+                return U.to(torch.float32), damp_percent
         damp_percent *= 2
     raise QuantizeError(
         f"the Hessian is singular even when damped by {MAX_DAMP:.0%} of its mean "

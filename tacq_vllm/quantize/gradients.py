@@ -122,7 +122,12 @@ class _GradientPass:
         base, folder = self._base, self._folder
         with base.resident_block(index) as block, torch.enable_grad():
             linears = base.block_linears(index)
-            sums = {name: torch.zeros_like(m.weight) for name, m in linears.items()}
+            # In float64 the order of additions, and so the number of processes, is no
+            # matter.
+            sums = {
+                name: torch.zeros_like(linear.weight, dtype=torch.float64)
+                for name, linear in linears.items()
+            }
             for linear in linears.values():
                 linear.weight.requires_grad_(True)
             for number in self._own:
@@ -136,7 +141,8 @@ class _GradientPass:
                     folder.save(_gradient(index, number), {"gradient": hidden.grad})
         for name, total in sums.items():
             self._world.add_up(total)
-            if not bool(total.isfinite().all()):
+            sums[name] = total.to(torch.float32)
+            if not bool(sums[name].isfinite().all()):
                 raise QuantizeError(f"{name}: a gradient is not finite")
         self._commit(_sums(index), sums)
         for number in self._own:
