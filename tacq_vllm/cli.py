@@ -45,6 +45,7 @@ class MethodOption(StrEnum):
 
     tacq = "tacq"
     gptq = "gptq"
+    rtn = "rtn"
 
 
 class SaliencyOption(StrEnum):
@@ -107,7 +108,7 @@ def quantize(
         float | None, typer.Option(help="Share of weights kept in 16 bits.")
     ] = None,
     method: Annotated[
-        MethodOption | None, typer.Option(help="gptq keeps no weights.")
+        MethodOption | None, typer.Option(help="gptq and rtn keep no weights.")
     ] = None,
     saliency: Annotated[
         SaliencyOption | None, typer.Option(help="Which weights are kept.")

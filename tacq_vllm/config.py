@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Method = Literal["tacq", "gptq"]
+Method = Literal["tacq", "gptq", "rtn"]
 SaliencyMetric = Literal["tacq", "qal", "msg", "grad", "fisher", "magnitude"]
 StorageDtype = Literal["bfloat16", "float16"]
 
@@ -136,7 +136,11 @@ class ExportConfig(_Section):
 class Recipe(_Section):
     """All that `tacq quantize` needs to know beside the model."""
 
-    method: Method = Field("tacq", description="tacq, or gptq: without kept weights.")
+    method: Method = Field(
+        "tacq",
+        description="tacq; gptq: without kept weights; rtn: each weight rounded by "
+        "itself, on the same grids, without any text.",
+    )
     bits: Literal[2, 3, 4] = Field(3, description="Bits of a code.")
     group_size: int = Field(
         -1, description="Input columns that share a scale; -1: the whole row."
@@ -156,7 +160,7 @@ class Recipe(_Section):
 
     @property
     def outlier_ratio(self) -> float:
-        """Share of weights kept by the method: zero for plain GPTQ."""
+        """Share of weights that the method keeps: zero but for TaCQ."""
         return self.outliers.ratio if self.method == "tacq" else 0.0
 
 

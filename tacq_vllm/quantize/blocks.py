@@ -23,6 +23,9 @@ from tacq_vllm.quantize.model import BaseModel
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that share their input, and that serving engines fuse into one."""
 
+OnGroup = Callable[[dict[str, nn.Linear], Iterator[Tensor]], None]
+"""Called with a group and its inputs, one per batch."""
+
 
 class BlockCalls:
     """The model around its decoder blocks, which are called one by one."""
@@ -105,7 +108,7 @@ def run_block(
     forwards: Sequence[Callable[[], Tensor]],
     groups: list[dict[str, nn.Linear]],
     in_memory: int,
-    on_group: Callable[[dict[str, nn.Linear], Iterator[Tensor]], None],
+    on_group: OnGroup,
 ) -> Iterator[Tensor]:
     """Run one block on all batches, stopping before each group of linears.
 

@@ -48,7 +48,7 @@ def export_checkpoint(
     with staged_folder(output) as folder, progress.phase("export", 1) as bar:
         writer = CheckpointWriter(folder, recipe.export.max_shard_bytes)
         for name in linears:
-            for suffix, tensor in blocks.packed(name).tensors().items():
+            for suffix, tensor in blocks.tensors(name).items():
                 writer.add(f"{name}.{suffix}", tensor)
         _write_unquantized(writer, base, dtype)
         writer.close()

@@ -4,18 +4,15 @@ GPTQ: arXiv 2210.17323; kept weights: TaCQ, arXiv 2504.07389, section 3 and
 appendix D.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from tacq_vllm.config import GptqConfig
-from tacq_vllm.format.linear import PackedLinear, pack_linear
-from tacq_vllm.format.outliers import select_outliers
+from tacq_vllm.quantize.columns import lazy_block, round_columns
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.grid import Grid, fit_grid
 from tacq_vllm.quantize.refit import refit_scales
+from tacq_vllm.quantize.result import GridResult
 
 MAX_DAMP = 1.0
 """Damping, as a share of the mean diagonal, past which a Hessian is refused."""
@@ -72,37 +69,6 @@ class Hessian:
         return upper + upper.triu(1).T
 
 
-@dataclass(frozen=True)
-class GptqResult:
-    """A quantized weight matrix."""
-
-    codes: Tensor
-    """uint8 [out, in]; the zero-point where a weight is kept."""
-    zeros: Tensor
-    """uint8 [out, groups]."""
-    scales: Tensor
-    """16-bit [out, groups]."""
-    weight: Tensor
-    """float32 [out, in]: what the codes and the kept weights stand for."""
-    damp_percent: float
-    """Damping that made the Hessian's Cholesky factorization succeed."""
-
-    def rows(self, rows: slice) -> "GptqResult":
-        """The result of some rows."""
-        return GptqResult(
-            codes=self.codes[rows],
-            zeros=self.zeros[rows],
-            scales=self.scales[rows],
-            weight=self.weight[rows],
-            damp_percent=self.damp_percent,
-        )
-
-    def pack(self, kept: Tensor, bits: int) -> PackedLinear:
-        """The tensors of the checkpoint; `kept` is the mask that was passed in."""
-        outliers = select_outliers(self.weight.to(self.scales.dtype), kept)
-        return pack_linear(self.codes, self.zeros, self.scales, outliers, bits)
-
-
 def quantize_matrix(
     W: Tensor,
     H: Tensor,
@@ -113,7 +79,7 @@ def quantize_matrix(
     dtype: torch.dtype,
     keep_original: bool,
     config: GptqConfig,
-) -> GptqResult:
+) -> GridResult:
     """Round W column by column, moving each column's error to those that follow.
 
     Args:
@@ -132,7 +98,6 @@ def quantize_matrix(
     """
     out_features, in_features = W.shape
     size = in_features if group_size == -1 else group_size
-    block_size = _block_size(config.block_size, size, in_features)
 
     def fit_group(current: Tensor, first: int) -> Grid:
         """Fit the grid of the group whose first column is `first`."""
@@ -147,29 +112,27 @@ def quantize_matrix(
             grids[first // size] = fit_group(W[:, first : first + size], first)
     U, damp_percent = inverse_factor(H[order][:, order], config.damp_percent)
 
-    # In the order of rounding, a column as a contiguous row: what is still to round.
-    rest = W.T[order].contiguous()
+    columns = order.tolist()
     codes = torch.empty(in_features, out_features, dtype=torch.uint8, device=W.device)
     exact = torch.zeros(in_features, out_features, device=W.device)
-    for start in range(0, in_features, block_size):
-        stop = min(start + block_size, in_features)
-        errors = torch.empty(stop - start, out_features, device=W.device)
-        for step, column in enumerate(order[start:stop].tolist(), start=start):
-            group = column // size
-            if group not in grids:
-                grids[group] = fit_group(rest[step : step + size].T, column)
-            grid, w = grids[group], rest[step]
-            code = grid.codes(w)
-            if kept is not None:
-                mask = kept[:, column]
-                code = torch.where(mask, grid.zeros, code)
-                value = W[:, column] if keep_original else w
-                exact[column] = torch.where(mask, value.to(dtype).float(), 0.0)
-            codes[column] = code
-            error = (w - grid.values(code) - exact[column]) / U[step, step]
-            rest[step + 1 : stop].addr_(U[step, step + 1 : stop], error, alpha=-1)
-            errors[step - start] = error
-        rest[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+
+    def round_column(step: int, rest: Tensor) -> Tensor:
+        column, w = columns[step], rest[step]
+        group = column // size
+        if group not in grids:
+            grids[group] = fit_group(rest[step : step + size].T, column)
+        grid = grids[group]
+        code = grid.codes(w)
+        if kept is not None:
+            mask = kept[:, column]
+            code = torch.where(mask, grid.zeros, code)
+            value = W[:, column] if keep_original else w
+            exact[column] = torch.where(mask, value.to(dtype).float(), 0.0)
+        codes[column] = code
+        return grid.values(code) + exact[column]
+
+    block_size = lazy_block(config.block_size, size, in_features)
+    round_columns(W, U, order, block_size, round_column)
     fitted = [grids[group] for group in range(in_features // size)]
     zeros = torch.stack([grid.zeros for grid in fitted], 1)
     scales = torch.stack([grid.scales for grid in fitted], 1)
@@ -180,7 +143,7 @@ def quantize_matrix(
     weight = steps * scales.repeat_interleave(size, dim=1) + exact
     if not bool(weight.isfinite().all()):
         raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
-    return GptqResult(
+    return GridResult(
         codes=codes,
         zeros=zeros.to(torch.uint8),
         scales=scales.to(dtype),
@@ -221,23 +184,12 @@ def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
     )
 
 
-def relative_error(W: Tensor, quantized: Tensor, H: Tensor) -> float:
+def relative_error(W: Tensor, quantized: Tensor, H: Tensor | None) -> float:
     """Squared output error on the calibration inputs over the squared output.
 
-    tr(D·H·Dᵀ) / tr(W·H·Wᵀ) with D = W - quantized, all float32 [out, in].
+    tr(D·H·Dᵀ) / tr(W·H·Wᵀ) with D = W - quantized, all float32 [out, in]; without
+    inputs, ‖D‖² / ‖W‖².
     """
     D = W - quantized
-    signal = ((W @ H) * W).sum()
-    return float(((D @ H) * D).sum() / signal) if signal > 0 else 0.0
-
-
-def _block_size(wanted: int, group_size: int, in_features: int) -> int:
-    """Columns per block such that every group lies in one, or starts at one.
-
-    Either way a grid is fitted to weights that hold all earlier columns' errors.
-    """
-    if group_size == in_features:
-        return wanted
-    if group_size <= wanted:
-        return group_size * (wanted // group_size)
-    return math.gcd(group_size, wanted)
+    error, signal = ((M if H is None else M @ H).mul(M).sum() for M in (D, W))
+    return float(error / signal) if signal > 0 else 0.0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tacq_vllm.config import GptqConfig
+from tacq_vllm.quantize.errors import QuantizeError
 
 _CHUNK_WEIGHTS = 1 << 16
 """Weights searched at a time, so that the loop works in cache."""
@@ -32,6 +33,10 @@ class Grid:
         """Values that codes stand for."""
         return (codes - self.zeros) * self.scales
 
+    def over_columns(self) -> "Grid":
+        """The same grid, to broadcast over [out, n]."""
+        return Grid(self.scales.unsqueeze(1), self.zeros.unsqueeze(1), self.max_code)
+
 
 def fit_grid(
     W: Tensor, kept: Tensor | None, bits: int, dtype: torch.dtype, config: GptqConfig
@@ -48,6 +53,9 @@ def fit_grid(
         bits: bits of a code.
         dtype: the 16-bit type that scales are stored in.
         config: number of steps, smallest shrink factor, norm of the error.
+
+    Raises:
+        QuantizeError: a row has no grid that the 16-bit type can hold.
     """
     if kept is not None and bool(kept.any()):
         others = (~kept).sum(1).clamp(min=1)
@@ -79,7 +87,7 @@ def _search(W: Tensor, bits: int, dtype: torch.dtype, config: GptqConfig) -> Gri
         # A row of zeros, or one that the 16-bit type cannot scale, has only code 0.
         scales = torch.where(scales > 0, scales, 1.0)
         zeros = (-shrink * low / scales).round_().clamp_(0, max_code)
-        grid = Grid(scales.unsqueeze(1), zeros.unsqueeze(1), max_code)
+        grid = Grid(scales, zeros, max_code).over_columns()
         error = grid.values(grid.codes(W)).sub_(W).abs_().pow_(config.grid_norm).sum(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -96,4 +104,6 @@ def _search(W: Tensor, bits: int, dtype: torch.dtype, config: GptqConfig) -> Gri
     for offset in range(1 - _COARSE, _COARSE):
         if offset:
             attempt(center + offset)
+    if not bool(best_error.isfinite().all()):
+        raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
     return best

@@ -1,7 +1,7 @@
-"""One GPTQ pass over a model, a decoder block in memory at a time."""
+"""One quantizing pass over a model, a decoder block in memory at a time."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from time import perf_counter
@@ -10,25 +10,20 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from tacq_vllm.config import Recipe
 from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.format.schema import storage_dtype
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.blocks import (
     BlockCalls,
+    OnGroup,
     batch_windows,
     group_linears,
     run_block,
 )
 from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.gptq import (
-    GptqResult,
-    Hessian,
-    quantize_matrix,
-    relative_error,
-)
+from tacq_vllm.quantize.gptq import Hessian, relative_error
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Phase, Progress
+from tacq_vllm.quantize.rounder import GroupInputs, RoundedLinear, Rounder
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.workdir import PhaseFolder
 from tacq_vllm.quantize.world import World
@@ -42,9 +37,6 @@ _MIN_BATCHES = 16
 _MEMORY_SHARE = 0.25
 """Of the free memory, for batches that wait inside a block."""
 
-Masks = Callable[[str], Tensor | None]
-"""The weights that a linear keeps, bool [out, in], or None."""
-
 
 @dataclass(frozen=True)
 class LinearReport:
@@ -54,29 +46,42 @@ class LinearReport:
     bits: int
     group_size: int
     outliers: int
+    stored_bytes: int
+    """What all its parts take when they are packed."""
     error: float
-    """Squared output error over squared output, on the calibration text."""
-    damp_percent: float
+    """Squared output error over squared output, on the calibration text; of a method
+    that needs no text, squared error over squared weight."""
+    damp_percent: float | None
+    """Damping of the Hessian, of a method that has one."""
 
 
 class QuantizedBlocks:
     """The stored result of a pass."""
 
-    def __init__(self, base: BaseModel, bits: int, folder: PhaseFolder) -> None:
+    def __init__(self, base: BaseModel, rounder: Rounder, folder: PhaseFolder) -> None:
         self._base = base
-        self._bits = bits
+        self._rounder = rounder
         self._folder = folder
 
-    def packed(self, linear: str) -> PackedLinear:
-        """The tensors of one linear, mapped from their file."""
+    @property
+    def is_simulated(self) -> bool:
+        """Whether the tensors are the weights in 16 bits, not packed codes."""
+        return self._rounder.is_simulated
+
+    def tensors(self, linear: str) -> dict[str, Tensor]:
+        """What the checkpoint holds of a linear, mapped from its file."""
         prefix = f"{linear}."
         stored = self._folder.load(_block(self._base.block_of(linear)), prefix)
-        tensors = {name.removeprefix(prefix): t for name, t in stored.items()}
+        return {name.removeprefix(prefix): t for name, t in stored.items()}
+
+    def packed(self, linear: str) -> PackedLinear:
+        """The tensors of one linear that is packed."""
         in_features = self._base.linears()[linear].in_features
-        return PackedLinear.from_tensors(tensors, self._bits, in_features)
+        tensors = self.tensors(linear)
+        return PackedLinear.from_tensors(tensors, self._rounder.bits, in_features)
 
     def weight(self, linear: str) -> Tensor:
-        """What a linear's tensors stand for: float32 [out, in] on the device."""
+        """What a packed linear stands for: float32 [out, in] on the device."""
         return dequantize(self.packed(linear)).to(self._base.device)
 
     def reports(self) -> Iterator[LinearReport]:
@@ -94,33 +99,34 @@ class QuantizedBlocks:
             yield self._folder.notes(_block(index))
 
 
-class GptqPass:
+class BlockPass:
     """Quantizes every linear in order, each on what the quantized ones before produce.
 
     Args:
         base: the model.
-        recipe: bits, group size, GPTQ settings.
-        samples: calibration tokens.
-        masks: the weights that each linear keeps.
+        rounder: quantizes a group of linears.
+        samples: calibration tokens; none where inputs do not matter.
         folder: keeps every finished block, and what the next one needs.
-        world: shares out the samples, and the rows of each matrix.
+        world: shares out the samples.
     """
 
     def __init__(
         self,
         base: BaseModel,
-        recipe: Recipe,
+        rounder: Rounder,
         samples: list[Sample],
-        masks: Masks,
         folder: PhaseFolder,
         world: World,
     ) -> None:
         self._base = base
-        self._recipe = recipe
-        self._masks = masks
+        self._rounder = rounder
         self._folder = folder
         self._world = world
-        self._dtype = storage_dtype(base.storage_dtype(recipe.export.dtype))
+        self._calls = BlockCalls(base)
+        self._batches: list[tuple[int, Tensor]] = []
+        self._stride = 0
+        if not rounder.needs_inputs:
+            return
         total = sum(sample.tokens.numel() for sample in samples)
         # The same batches in any number of processes: so are their sums.
         size = min(_BATCH_TOKENS, -(-total // _MIN_BATCHES))
@@ -131,7 +137,8 @@ class GptqPass:
                 "samples: start fewer, or give more text"
             )
         self._batches = world.share(list(enumerate(batches)))
-        self._calls = BlockCalls(base)
+        if rounder.sample_tokens:
+            self._stride = -(-total // rounder.sample_tokens)
 
     def run(self, phase: str, progress: Progress) -> QuantizedBlocks:
         """Quantize the blocks that are not in the folder yet.
@@ -149,10 +156,11 @@ class GptqPass:
         if left:
             linears = sum(len(base.block_linears(index)) for index in left)
             with progress.phase(phase, linears) as bar, torch.no_grad():
-                self._embed(store=left[0] == 0)
+                if self._batches:
+                    self._embed(store=left[0] == 0)
                 for index in left:
                     self._quantize_block(index, bar)
-        return QuantizedBlocks(base, self._recipe.bits, self._folder)
+        return QuantizedBlocks(base, self._rounder, self._folder)
 
     def _embed(self, *, store: bool) -> None:
         with self._base.resident_outside():
@@ -168,10 +176,9 @@ class GptqPass:
         tensors: dict[str, Tensor] = {}
 
         def on_group(group: dict[str, nn.Linear], xs: Iterator[Tensor]) -> None:
-            for report, result, kept in self._quantize_group(group, xs):
-                group[report.name].weight.data = result.weight
-                packed = result.pack(kept, self._recipe.bits)
-                for suffix, tensor in packed.tensors().items():
+            for report, rounded in self._quantize_group(group, xs):
+                group[report.name].weight.data = rounded.weight
+                for suffix, tensor in rounded.tensors.items():
                     tensors[f"{report.name}.{suffix}"] = tensor
                 reports.append(report)
                 bar.advance(
@@ -180,21 +187,11 @@ class GptqPass:
                 )
 
         with base.resident_block(index) as block:
-            linears = base.block_linears(index)
-
-            def forward(number: int) -> Tensor:
-                hidden = folder.load_tensor(_hidden(index, number), "hidden")
-                hidden = hidden.to(base.device, copy=True)
-                return self._calls.run(block, index, hidden)
-
-            outputs = run_block(
-                [partial(forward, number) for number, _ in self._batches],
-                group_linears(linears),
-                self._batches_in_memory(linears),
-                on_group,
-            )
-            for (number, _), output in zip(self._batches, outputs, strict=True):
-                folder.save(_hidden(index + 1, number), {"hidden": output})
+            if self._batches:
+                self._run_block(block, index, on_group)
+            else:
+                for group in group_linears(base.block_linears(index)):
+                    on_group(group, iter(()))
         self._world.wait()
         if self._world.leads:
             notes = {
@@ -208,6 +205,25 @@ class GptqPass:
             if index + 1 == len(base.blocks):
                 folder.remove(_hidden(index + 1, number))
 
+    def _run_block(self, block: nn.Module, index: int, on_group: OnGroup) -> None:
+        """Run a block on what is stored of the one before, and store its outputs."""
+        base, folder = self._base, self._folder
+        linears = base.block_linears(index)
+
+        def forward(number: int) -> Tensor:
+            hidden = folder.load_tensor(_hidden(index, number), "hidden")
+            hidden = hidden.to(base.device, copy=True)
+            return self._calls.run(block, index, hidden)
+
+        outputs = run_block(
+            [partial(forward, number) for number, _ in self._batches],
+            group_linears(linears),
+            self._batches_in_memory(linears),
+            on_group,
+        )
+        for (number, _), output in zip(self._batches, outputs, strict=True):
+            folder.save(_hidden(index + 1, number), {"hidden": output})
+
     def _batches_in_memory(self, linears: dict[str, nn.Linear]) -> int:
         if self._base.device.type == "cuda":
             free = torch.cuda.mem_get_info(self._base.device)[0]
@@ -219,63 +235,45 @@ class GptqPass:
 
     def _quantize_group(
         self, group: dict[str, nn.Linear], xs: Iterator[Tensor]
-    ) -> list[tuple[LinearReport, GptqResult, Tensor]]:
-        """Quantize linears that share their input, stacked into one matrix."""
-        weights = [linear.weight.data for linear in group.values()]
-        masks = [self._masks(name) for name in group]
-        stacked_masks = [mask for mask in masks if mask is not None]
-        hessian = Hessian(weights[0].shape[1], weights[0].device)
+    ) -> list[tuple[LinearReport, RoundedLinear]]:
+        """Quantize linears that share their input."""
+        weights = {name: linear.weight.data for name, linear in group.items()}
+        inputs = self._measure(xs) if self._batches else None
+        try:
+            rounded = self._rounder.round_group(weights, inputs)
+        except QuantizeError as error:
+            raise QuantizeError(f"{', '.join(group)}: {error}") from error
+        return [
+            (self._report(name, W, rounded[name], inputs), rounded[name])
+            for name, W in weights.items()
+        ]
+
+    def _measure(self, xs: Iterator[Tensor]) -> GroupInputs:
+        """Go through a group's inputs once."""
+        hessian: Hessian | None = None
+        sample: list[Tensor] = []
         for x in xs:
+            hessian = hessian or Hessian(x.shape[-1], x.device)
             hessian.add(x)
+            if self._stride:
+                sample.append(x.flatten(0, -2)[:: self._stride].float())
+        assert hessian is not None
         self._world.add_up(hessian.total)
         self._world.add_up(hessian.tokens)
         H = hessian.mean()
-        try:
-            stacked = self._quantize_rows(
-                torch.cat(weights),
-                H,
-                torch.cat(stacked_masks) if stacked_masks else None,
-            )
-        except QuantizeError as error:
-            raise QuantizeError(f"{', '.join(group)}: {error}") from error
-        results = []
-        start = 0
-        for name, W, mask in zip(group, weights, masks, strict=True):
-            result = stacked.rows(slice(start, start + W.shape[0]))
-            start += W.shape[0]
-            if mask is None:
-                mask = torch.zeros_like(W, dtype=torch.bool)
-            report = LinearReport(
-                name=name,
-                bits=self._recipe.bits,
-                group_size=self._recipe.group_size,
-                outliers=int(mask.sum()),
-                error=relative_error(W, result.weight, H),
-                damp_percent=result.damp_percent,
-            )
-            results.append((report, result, mask))
-        return results
+        return GroupInputs(H, torch.cat(sample) if sample else H.new_empty(0, len(H)))
 
-    def _quantize_rows(self, W: Tensor, H: Tensor, kept: Tensor | None) -> GptqResult:
-        """Quantize a matrix; each process works on some of its rows."""
-        own = self._world.rows(W.shape[0])
-        part = quantize_matrix(
-            W[own],
-            H,
-            None if kept is None else kept[own],
-            bits=self._recipe.bits,
-            group_size=self._recipe.group_size,
-            dtype=self._dtype,
-            keep_original=self._recipe.outliers.kept_value == "original",
-            config=self._recipe.gptq,
-        )
-        gather = partial(self._world.gather_rows, count=W.shape[0])
-        return GptqResult(
-            codes=gather(part.codes),
-            zeros=gather(part.zeros),
-            scales=gather(part.scales),
-            weight=gather(part.weight),
-            damp_percent=part.damp_percent,
+    def _report(
+        self, name: str, W: Tensor, rounded: RoundedLinear, inputs: GroupInputs | None
+    ) -> LinearReport:
+        return LinearReport(
+            name=name,
+            bits=self._rounder.bits,
+            group_size=self._rounder.group_size,
+            outliers=rounded.outliers,
+            stored_bytes=rounded.stored_bytes,
+            error=relative_error(W, rounded.weight, inputs.H if inputs else None),
+            damp_percent=rounded.damp_percent,
         )
 
 

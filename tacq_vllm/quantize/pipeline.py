@@ -1,51 +1,16 @@
-"""The order of the passes that make a TaCQ checkpoint (TaCQ paper, section 3).
+"""From a 16-bit model to a checkpoint folder."""
 
-1. GPTQ of the whole model without kept weights gives Q(W).
-2. Gradients of the 16-bit model on the calibration text give |∂L/∂W|.
-3. One budget picks the weights with the highest score.
-4. GPTQ again, those weights out of the grid and kept in 16 bits, gives the checkpoint.
-
-Each pass keeps its results in the work folder, under a fingerprint of what they depend
-on: a run goes on where one before it has stopped, and one with another ratio or other
-bits finds the gradients.
-"""
-
-import hashlib
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
-from torch import Tensor
-
-from tacq_vllm import __version__
 from tacq_vllm.config import Recipe
-from tacq_vllm.data.sets import NAMED_SETS
-from tacq_vllm.format.schema import check_linear_shape
-from tacq_vllm.quantize import calibration, gradients
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.export import WriteCard, export_checkpoint
-from tacq_vllm.quantize.layerwise import GptqPass, Masks, QuantizedBlocks
+from tacq_vllm.quantize.methods.table import METHODS
 from tacq_vllm.quantize.model import BaseModel
+from tacq_vllm.quantize.passes import Passes
 from tacq_vllm.quantize.progress import Progress
-from tacq_vllm.quantize.saliency import (
-    gradient_power,
-    needs_gradients,
-    needs_quantized,
-    saliency,
-)
-from tacq_vllm.quantize.samples import Sample
-from tacq_vllm.quantize.selection import select_top
-from tacq_vllm.quantize.workdir import (
-    PhaseFolder,
-    WorkDir,
-    check_output,
-    fingerprint,
-)
+from tacq_vllm.quantize.workdir import WorkDir, check_output
 from tacq_vllm.quantize.world import World
-
-Depends = dict[str, Any]
 
 
 def quantize_model(
@@ -75,190 +40,22 @@ def quantize_model(
         QuantizeError: the model, the recipe or the calibration text do not fit.
     """
     check_output(output)
-    _check_model(base, recipe, progress)
+    _check_model(base, progress)
     world = world or World()
-    common = _common_depends(base, world)
-    samples = _calibrate(base, recipe, common, data_root, workdir, progress, world)
-    run = _Run(base, recipe, samples, common, workdir, progress, world)
-    blocks = run.quantize()
+    passes = Passes(base, recipe, workdir, progress, world, data_root)
+    blocks = METHODS[recipe.method](passes)
     if world.leads:
         export_checkpoint(base, recipe, output, blocks, progress, write_card)
     world.wait()
 
 
-def _common_depends(base: BaseModel, world: World) -> Depends:
-    """What every phase depends on."""
-    return {
-        "model": base.fingerprint(),
-        "device": base.device.type,
-        "processes": world.size,
-        "versions": {
-            "tacq_vllm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def _calibrate(
-    base: BaseModel,
-    recipe: Recipe,
-    common: Depends,
-    data_root: Path | None,
-    workdir: WorkDir,
-    progress: Progress,
-    world: World,
-) -> list[Sample]:
-    config = recipe.calibration
-    files = [Path(source) for source in config.sources if Path(source).is_file()]
-    depends = {
-        **common,
-        "calibration": config.model_dump(mode="json"),
-        "tokenizer": _digest(sorted(base.tokenizer.get_vocab().items())),
-        "chat_template": getattr(base.tokenizer, "chat_template", None),
-        "files": [_digest([path.read_bytes()]) for path in files],
-        "data_root": _named_files(config.sources, data_root),
-    }
-    with world.leader_first():
-        folder = workdir.phase(calibration.PHASE, depends)
-        samples = calibration.calibration_samples(
-            base, config, data_root, folder, progress
-        )
-    if len(samples) < world.size:
-        raise QuantizeError(
-            f"{world.size} processes share {len(samples)} calibration samples: start "
-            "fewer, or give more text"
-        )
-    return samples
-
-
-class _Run:
-    """One recipe on one model: the passes, and what each depends on."""
-
-    def __init__(
-        self,
-        base: BaseModel,
-        recipe: Recipe,
-        samples: list[Sample],
-        common: Depends,
-        workdir: WorkDir,
-        progress: Progress,
-        world: World,
-    ) -> None:
-        self._base = base
-        self._recipe = recipe
-        self._samples = samples
-        self._workdir = workdir
-        self._progress = progress
-        self._world = world
-        tokens = _digest(sample.tokens.numpy().tobytes() for sample in samples)
-        self._common = {**common, "tokens": tokens}
-
-    def quantize(self) -> QuantizedBlocks:
-        """All passes; the blocks of the last."""
-        budget = int(self._recipe.outlier_ratio * self._num_weights())
-        if budget == 0:
-            return self._gptq("quantization", self._gptq_depends(), lambda name: None)
-        metric = self._recipe.outliers.saliency
-        chosen: Depends = self._recipe.outliers.model_dump(mode="json")
-        plain: QuantizedBlocks | None = None
-        gradient: PhaseFolder | None = None
-        if needs_quantized(metric):
-            depends = self._gptq_depends()
-            plain = self._gptq("plain quantization", depends, lambda name: None)
-            chosen["plain"] = fingerprint(depends)
-        if needs_gradients(metric):
-            depends = self._gradient_depends()
-            gradient = self._gradients(depends)
-            chosen["gradients"] = fingerprint(depends)
-
-        def scores(name: str) -> Tensor:
-            W = self._base.weight(name)
-            loaded = (
-                gradients.load_gradient(self._base, gradient, name) if gradient else W
-            )
-            return saliency(metric, W, loaded, plain.weight(name) if plain else W)
-
-        masks = self._select(scores, budget)
-        depends = self._gptq_depends() | {"outliers": chosen}
-        return self._gptq("quantization", depends, masks)
-
-    def _gradients(self, depends: Depends) -> PhaseFolder:
-        folder = self._open("gradients", depends)
-        gradients.accumulate_gradients(
-            self._base,
-            self._samples,
-            gradient_power(self._recipe.outliers.saliency),
-            folder,
-            self._progress,
-            self._world,
-        )
-        return folder
-
-    def _gptq(self, phase: str, depends: Depends, masks: Masks) -> QuantizedBlocks:
-        folder = self._open("gptq", depends)
-        return GptqPass(
-            self._base, self._recipe, self._samples, masks, folder, self._world
-        ).run(phase, self._progress)
-
-    def _open(self, name: str, depends: Depends) -> PhaseFolder:
-        """The folder of a phase; what made an earlier one useless is told."""
-        with self._world.leader_first():
-            changes = self._workdir.differences(name, depends)
-            folder = self._workdir.phase(name, depends)
-        if changes and folder.is_empty:
-            self._progress.note(f"{name}: computed anew: {'; '.join(changes)}")
-        return folder
-
-    def _gptq_depends(self) -> Depends:
-        recipe = self._recipe
-        return {
-            **self._common,
-            "bits": recipe.bits,
-            "group_size": recipe.group_size,
-            "dtype": self._base.storage_dtype(recipe.export.dtype),
-            "gptq": recipe.gptq.model_dump(mode="json"),
-        }
-
-    def _gradient_depends(self) -> Depends:
-        return {
-            **self._common,
-            "scored": _digest(s.scored.numpy().tobytes() for s in self._samples),
-            "power": gradient_power(self._recipe.outliers.saliency),
-        }
-
-    def _select(self, scores: Callable[[str], Tensor], budget: int) -> Masks:
-        linears = self._base.linears()
-        if self._recipe.outliers.scope == "model":
-            selection = select_top(linears, scores, budget)
-            return lambda name: selection.mask(name, scores(name))
-        ratio = self._recipe.outlier_ratio
-
-        def mask(name: str) -> Tensor:
-            values = scores(name)
-            count = int(ratio * values.numel())
-            return select_top([name], lambda _: values, count).mask(name, values)
-
-        return mask
-
-    def _num_weights(self) -> int:
-        return sum(m.weight.numel() for m in self._base.linears().values())
-
-
-def _check_model(base: BaseModel, recipe: Recipe, progress: Progress) -> None:
+def _check_model(base: BaseModel, progress: Progress) -> None:
     linears = base.linears()
     if not linears:
         raise QuantizeError(
             f"{type(base.model).__name__}: {base.block_name(0)} has no linears under "
             "self_attn or mlp: this architecture is not supported"
         )
-    for name, linear in linears.items():
-        try:
-            check_linear_shape(
-                name, linear.out_features, linear.in_features, recipe.group_size
-            )
-        except ValueError as error:
-            raise QuantizeError(str(error)) from error
     left = base.unquantized_modules()
     if left:
         quantized = sum(linear.weight.numel() for linear in linears.values())
@@ -267,21 +64,3 @@ def _check_model(base: BaseModel, recipe: Recipe, progress: Progress) -> None:
             f"{next(iter(left))} and {len(left) - 1} more modules are not quantized "
             f"and stay in 16 bits: {share:.1%} of the weights of the blocks"
         )
-
-
-def _named_files(sources: Iterable[str], data_root: Path | None) -> list[list[Any]]:
-    """Names, sizes and times of the files that named sets may be read from."""
-    folders = [data_root / name for name in sources if data_root and name in NAMED_SETS]
-    return [
-        [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns]
-        for folder in folders
-        for path in sorted(folder.glob("*.*"))
-    ]
-
-
-def _digest(parts: Iterable[object]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        content = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()

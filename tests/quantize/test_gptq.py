@@ -10,13 +10,13 @@ from tacq_vllm.config import GptqConfig
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gptq import (
-    GptqResult,
     Hessian,
     inverse_factor,
     quantize_matrix,
     relative_error,
 )
 from tacq_vllm.quantize.grid import fit_grid
+from tacq_vllm.quantize.result import GridResult
 
 CONFIG = GptqConfig(grid_steps=20)
 
@@ -54,7 +54,7 @@ def quantize(
     group_size: int = 32,
     keep_original: bool = False,
     **config: Any,
-) -> GptqResult:
+) -> GridResult:
     return quantize_matrix(
         W,
         H,
@@ -77,7 +77,7 @@ def round_to_nearest(W: Tensor, bits: int, group_size: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def nearest_codes(result: GptqResult, W: Tensor, column: int) -> Tensor:
+def nearest_codes(result: GridResult, W: Tensor, column: int) -> Tensor:
     """Codes next to the weights of a column in the first group: uint8 [out]."""
     scales = result.scales[:, 0].float()
     codes = (W[:, column] / scales).round() + result.zeros[:, 0]

@@ -10,7 +10,9 @@ from tacq_vllm.format.linear import unpack_outliers
 from tacq_vllm.quantize.blocks import group_linears
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gptq import Hessian, quantize_matrix, relative_error
-from tacq_vllm.quantize.layerwise import GptqPass, Masks, QuantizedBlocks
+from tacq_vllm.quantize.layerwise import BlockPass, QuantizedBlocks
+from tacq_vllm.quantize.methods.gptq import gptq_rounder
+from tacq_vllm.quantize.methods.packed import Masks, keep_none
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.samples import Sample
@@ -35,10 +37,6 @@ def work(tmp_path: Path) -> WorkDir:
     return WorkDir(tmp_path / "work")
 
 
-def keep_none(name: str) -> None:
-    return None
-
-
 def keep_some(name: str) -> Tensor:
     """Random weights of a linear of the tiny model, no two linears the same."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
@@ -60,8 +58,9 @@ def quantize(
     listener: Recorder | None = None,
 ) -> QuantizedBlocks:
     samples = samples or random_samples(*LENGTHS)
-    gptq = GptqPass(base, recipe, samples, masks, folder, World())
-    return gptq.run("gptq", Progress(listener))
+    rounder = gptq_rounder(recipe, torch.bfloat16, masks, World())
+    blocks = BlockPass(base, rounder, samples, folder, World())
+    return blocks.run("gptq", Progress(listener))
 
 
 @torch.no_grad()

@@ -1,0 +1,58 @@
+"""GPTQ (arXiv 2210.17323): rounding whose errors later columns make up for."""
+
+import torch
+from torch import Tensor
+
+from tacq_vllm.config import Recipe
+from tacq_vllm.quantize.gptq import quantize_matrix
+from tacq_vllm.quantize.layerwise import QuantizedBlocks
+from tacq_vllm.quantize.methods.packed import Masks, PackedRounder, keep_none
+from tacq_vllm.quantize.passes import Depends, Passes
+from tacq_vllm.quantize.result import GridResult
+from tacq_vllm.quantize.world import World
+
+
+def quantize(passes: Passes) -> QuantizedBlocks:
+    """GPTQ without kept weights."""
+    passes.check_linears(passes.recipe.group_size)
+    return quantize_blocks(passes, "quantization", keep_none, depends(passes))
+
+
+def depends(passes: Passes) -> Depends:
+    """What GPTQ without kept weights depends on, beside model and text."""
+    recipe = passes.recipe
+    return {
+        "bits": recipe.bits,
+        "group_size": recipe.group_size,
+        "dtype": passes.dtype_name,
+        "gptq": recipe.gptq.model_dump(mode="json"),
+    }
+
+
+def quantize_blocks(
+    passes: Passes, phase: str, masks: Masks, depends: Depends
+) -> QuantizedBlocks:
+    """GPTQ of the whole model, with the kept weights out of its grids."""
+    rounder = gptq_rounder(passes.recipe, passes.dtype, masks, passes.world)
+    return passes.blocks("gptq", phase, rounder, depends)
+
+
+def gptq_rounder(
+    recipe: Recipe, dtype: torch.dtype, masks: Masks, world: World
+) -> PackedRounder:
+    """GPTQ of a group of linears as the recipe has it."""
+
+    def quantize_rows(W: Tensor, H: Tensor | None, kept: Tensor | None) -> GridResult:
+        assert H is not None
+        return quantize_matrix(
+            W,
+            H,
+            kept,
+            bits=recipe.bits,
+            group_size=recipe.group_size,
+            dtype=dtype,
+            keep_original=recipe.outliers.kept_value == "original",
+            config=recipe.gptq,
+        )
+
+    return PackedRounder(quantize_rows, recipe.bits, recipe.group_size, world, masks)

@@ -1,0 +1,14 @@
+"""Which code runs for which `method` of a recipe."""
+
+from collections.abc import Callable, Mapping
+
+from tacq_vllm.config import Method
+from tacq_vllm.quantize.layerwise import QuantizedBlocks
+from tacq_vllm.quantize.methods import gptq, rtn, tacq
+from tacq_vllm.quantize.passes import Passes
+
+METHODS: Mapping[Method, Callable[[Passes], QuantizedBlocks]] = {
+    "tacq": tacq.quantize,
+    "gptq": gptq.quantize,
+    "rtn": rtn.quantize,
+}

@@ -1,0 +1,207 @@
+"""The passes that methods are made of.
+
+Each pass keeps its results in the work folder, under a fingerprint of what they depend
+on: a run goes on where one before it has stopped, and one with another ratio or other
+bits finds the gradients.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from tacq_vllm import __version__
+from tacq_vllm.config import Recipe, StorageDtype
+from tacq_vllm.data.sets import NAMED_SETS
+from tacq_vllm.format.schema import check_linear_shape, storage_dtype
+from tacq_vllm.quantize import calibration, gradients
+from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.layerwise import BlockPass, QuantizedBlocks
+from tacq_vllm.quantize.model import BaseModel
+from tacq_vllm.quantize.progress import Progress
+from tacq_vllm.quantize.rounder import Rounder
+from tacq_vllm.quantize.samples import Sample
+from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir, fingerprint
+from tacq_vllm.quantize.world import World
+
+Depends = dict[str, Any]
+"""JSON values that a result depends on."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Stored sums of |∂L/∂W|**power over the calibration samples."""
+
+    base: BaseModel
+    folder: PhaseFolder
+    fingerprint: str
+    """Digest of what they depend on."""
+
+    def load(self, linear: str) -> Tensor:
+        """The sum of one linear: float32 [out, in] on the model's device."""
+        return gradients.load_gradient(self.base, self.folder, linear)
+
+
+class Passes:
+    """What can be done with one model, one recipe and one work folder.
+
+    Args:
+        base: the 16-bit model.
+        recipe: what to do.
+        workdir: where finished phases keep their tensors.
+        progress: told of every phase and linear.
+        world: the processes that share the work.
+        data_root: folder of the named calibration sets; None: the Hub.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        recipe: Recipe,
+        workdir: WorkDir,
+        progress: Progress,
+        world: World,
+        data_root: Path | None,
+    ) -> None:
+        self.base = base
+        self.recipe = recipe
+        self.world = world
+        self._workdir = workdir
+        self._progress = progress
+        self._data_root = data_root
+
+    @property
+    def dtype_name(self) -> StorageDtype:
+        """The 16-bit type of the checkpoint, by name."""
+        return self.base.storage_dtype(self.recipe.export.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The 16-bit type of the checkpoint."""
+        return storage_dtype(self.dtype_name)
+
+    def num_weights(self) -> int:
+        """Weights of all linears that are quantized."""
+        return sum(linear.weight.numel() for linear in self.base.linears().values())
+
+    def check_linears(self, group_size: int) -> None:
+        """Refuse linears that cannot be cut into groups; call it before any pass.
+
+        Raises:
+            QuantizeError: naming the linear, the sizes and the remedy.
+        """
+        for name, linear in self.base.linears().items():
+            try:
+                check_linear_shape(
+                    name, linear.out_features, linear.in_features, group_size
+                )
+            except ValueError as error:
+                raise QuantizeError(str(error)) from error
+
+    def gradients(self, power: int) -> Gradients:
+        """Gradients of the 16-bit model on the calibration text, to some power."""
+        depends = {
+            **self.text_depends(),
+            "scored": _digest(s.scored.numpy().tobytes() for s in self._samples),
+            "power": power,
+        }
+        folder = self._open("gradients", depends)
+        gradients.accumulate_gradients(
+            self.base, self._samples, power, folder, self._progress, self.world
+        )
+        return Gradients(self.base, folder, fingerprint(depends))
+
+    def blocks(
+        self, name: str, phase: str, rounder: Rounder, depends: Depends
+    ) -> QuantizedBlocks:
+        """Quantize every linear in order.
+
+        Args:
+            name: of the folders in the work folder.
+            phase: what it is called while it runs.
+            rounder: quantizes a group of linears.
+            depends: what its results depend on, beside the model and, where the
+                linears' inputs matter, the calibration text.
+        """
+        known = self.text_depends() if rounder.needs_inputs else self._model_depends
+        samples = self._samples if rounder.needs_inputs else []
+        folder = self._open(name, {**known, **depends})
+        blocks = BlockPass(self.base, rounder, samples, folder, self.world)
+        return blocks.run(phase, self._progress)
+
+    def text_depends(self) -> Depends:
+        """What everything that is measured on the calibration text depends on."""
+        tokens = _digest(sample.tokens.numpy().tobytes() for sample in self._samples)
+        return {**self._model_depends, "tokens": tokens}
+
+    @cached_property
+    def _model_depends(self) -> Depends:
+        """What every phase depends on."""
+        return {
+            "model": self.base.fingerprint(),
+            "device": self.base.device.type,
+            "processes": self.world.size,
+            "versions": {
+                "tacq_vllm": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+
+    @cached_property
+    def _samples(self) -> list[Sample]:
+        config = self.recipe.calibration
+        tokenizer = self.base.tokenizer
+        files = [Path(source) for source in config.sources if Path(source).is_file()]
+        depends = {
+            **self._model_depends,
+            "calibration": config.model_dump(mode="json"),
+            "tokenizer": _digest(sorted(tokenizer.get_vocab().items())),
+            "chat_template": getattr(tokenizer, "chat_template", None),
+            "files": [_digest([path.read_bytes()]) for path in files],
+            "data_root": _named_files(config.sources, self._data_root),
+        }
+        with self.world.leader_first():
+            folder = self._workdir.phase(calibration.PHASE, depends)
+            samples = calibration.calibration_samples(
+                self.base, config, self._data_root, folder, self._progress
+            )
+        if len(samples) < self.world.size:
+            raise QuantizeError(
+                f"{self.world.size} processes share {len(samples)} calibration "
+                "samples: start fewer, or give more text"
+            )
+        return samples
+
+    def _open(self, name: str, depends: Depends) -> PhaseFolder:
+        """The folder of a phase; what made an earlier one useless is told."""
+        with self.world.leader_first():
+            changes = self._workdir.differences(name, depends)
+            folder = self._workdir.phase(name, depends)
+        if changes and folder.is_empty:
+            self._progress.note(f"{name}: computed anew: {'; '.join(changes)}")
+        return folder
+
+
+def _named_files(sources: Iterable[str], data_root: Path | None) -> list[list[Any]]:
+    """Names, sizes and times of the files that named sets may be read from."""
+    folders = [data_root / name for name in sources if data_root and name in NAMED_SETS]
+    return [
+        [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns]
+        for folder in folders
+        for path in sorted(folder.glob("*.*"))
+    ]
+
+
+def _digest(parts: Iterable[object]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, bytes) else repr(part).encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
