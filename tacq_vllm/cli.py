@@ -46,6 +46,9 @@ class MethodOption(StrEnum):
     tacq = "tacq"
     gptq = "gptq"
     rtn = "rtn"
+    squeezellm = "squeezellm"
+    spqr = "spqr"
+    slim_llm = "slim-llm"
 
 
 class SaliencyOption(StrEnum):
@@ -108,7 +111,8 @@ def quantize(
         float | None, typer.Option(help="Share of weights kept in 16 bits.")
     ] = None,
     method: Annotated[
-        MethodOption | None, typer.Option(help="gptq and rtn keep no weights.")
+        MethodOption | None,
+        typer.Option(help="squeezellm, spqr and slim-llm are simulated."),
     ] = None,
     saliency: Annotated[
         SaliencyOption | None, typer.Option(help="Which weights are kept.")

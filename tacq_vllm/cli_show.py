@@ -34,9 +34,11 @@ def print_summary(folder: Path) -> None:
     from tacq_vllm.format.inspection import inspect_checkpoint
 
     figures = inspect_checkpoint(folder)
+    remark = f"simulated {figures.simulated}, weights in 16 bits"
+    if figures.paper_bits is not None:
+        remark = f"{figures.paper_bits:.3f} by the paper's formula"
     typer.echo(
-        f"{folder}: {figures.effective_bits:.3f} effective bits "
-        f"({figures.paper_bits:.3f} by the paper's formula), "
+        f"{folder}: {figures.effective_bits:.3f} effective bits ({remark}), "
         f"{figures.outliers:,} weights kept, {figures.checkpoint_bytes / 1e6:.1f} MB"
     )
 
@@ -44,6 +46,7 @@ def print_summary(folder: Path) -> None:
 def inspection_json(figures: "Inspection") -> dict[str, object]:
     """What `tacq inspect --json` prints."""
     return {
+        "simulated": figures.simulated,
         "bits": figures.bits,
         "group_size": figures.group_size,
         "dtype": figures.dtype,
@@ -75,9 +78,21 @@ def print_inspection(figures: "Inspection") -> None:
         )
     out.print(table)
     group = "row" if figures.group_size == -1 else f"{figures.group_size} columns"
+    per = "a table" if figures.simulated == "squeezellm" else "a scale"
     typer.echo(
-        f"{figures.bits} bits, a scale per {group}, {figures.dtype}; "
-        f"{figures.outliers:,} of {figures.weights:,} weights kept in 16 bits\n"
+        f"{figures.bits} bits, {per} per {group}, {figures.dtype}; "
+        f"{figures.outliers:,} of {figures.weights:,} weights kept in 16 bits"
+    )
+    if figures.paper_bits is None:
+        typer.echo(
+            f"simulated: the weights that {figures.simulated} gives, in 16 bits; "
+            "nothing is packed\n"
+            f"effective bits {figures.effective_bits:.4f}, if all its parts were packed"
+            f"\nquantized linears {figures.linear_bytes:,} bytes, if packed; "
+            f"weight files {figures.checkpoint_bytes:,} bytes"
+        )
+        return
+    typer.echo(
         f"effective bits {figures.effective_bits:.4f} "
         f"(codes, scales, zero-points, kept weights, indices); "
         f"paper's formula {figures.paper_bits:.4f}\n"

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-Method = Literal["tacq", "gptq", "rtn"]
+from tacq_vllm.config_methods import (
+    Section,
+    SlimLlmConfig,
+    SpqrConfig,
+    SqueezeLlmConfig,
+)
+
+Method = Literal["tacq", "gptq", "rtn", "squeezellm", "spqr", "slim-llm"]
 SaliencyMetric = Literal["tacq", "qal", "msg", "grad", "fisher", "magnitude"]
 StorageDtype = Literal["bfloat16", "float16"]
 
@@ -20,11 +27,7 @@ class RecipeError(ValueError):
     """A recipe that cannot be followed; the message says what to change."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CalibrationConfig(_Section):
+class CalibrationConfig(Section):
     """The text that gradients and Hessians are measured on."""
 
     sources: tuple[str, ...] = Field(
@@ -65,7 +68,7 @@ class CalibrationConfig(_Section):
         return self
 
 
-class OutlierConfig(_Section):
+class OutlierConfig(Section):
     """Which weights stay in 16 bits."""
 
     ratio: float = Field(
@@ -93,7 +96,7 @@ class OutlierConfig(_Section):
     )
 
 
-class GptqConfig(_Section):
+class GptqConfig(Section):
     """GPTQ and the grid that it rounds to."""
 
     damp_percent: float = Field(
@@ -120,7 +123,7 @@ class GptqConfig(_Section):
     )
 
 
-class ExportConfig(_Section):
+class ExportConfig(Section):
     """How the checkpoint is written."""
 
     dtype: StorageDtype | Literal["auto"] = Field(
@@ -133,21 +136,29 @@ class ExportConfig(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """All that `tacq quantize` needs to know beside the model."""
 
     method: Method = Field(
         "tacq",
         description="tacq; gptq: without kept weights; rtn: each weight rounded by "
-        "itself, on the same grids, without any text.",
+        "itself, on the same grids, without any text; or, simulated, squeezellm, spqr "
+        "or slim-llm (docs/methods.md).",
     )
-    bits: Literal[2, 3, 4] = Field(3, description="Bits of a code.")
+    bits: Literal[2, 3, 4] = Field(
+        3, description="Bits of a code; of slim-llm on average."
+    )
     group_size: int = Field(
-        -1, description="Input columns that share a scale; -1: the whole row."
+        -1,
+        description="Input columns that share a scale; -1: the whole row. squeezellm "
+        "always has the row, spqr its own.",
     )
     calibration: CalibrationConfig = CalibrationConfig()
     outliers: OutlierConfig = OutlierConfig()
     gptq: GptqConfig = GptqConfig()
+    squeezellm: SqueezeLlmConfig = SqueezeLlmConfig()
+    spqr: SpqrConfig = SpqrConfig()
+    slim_llm: SlimLlmConfig = SlimLlmConfig()
     export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
@@ -155,6 +166,10 @@ class Recipe(_Section):
         if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(
                 f"group_size {self.group_size}: use -1 or a multiple of 16"
+            )
+        if self.method == "slim-llm" and self.group_size == -1:
+            raise ValueError(
+                "slim-llm chooses bits by group: give a group_size (its paper: 128)"
             )
         return self
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tacq_vllm.format.schema import FormatError, QuantizationSchema, parse_schema
+from tacq_vllm.format.simulated import SimulatedSchema, parse_simulated
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -212,4 +213,20 @@ def read_schema(folder: Path) -> QuantizationSchema:
     Raises:
         FormatError: not a TaCQ checkpoint of this version.
     """
-    return parse_schema(read_json(folder / CONFIG_NAME).get("quantization_config"))
+    schema = read_any_schema(folder)
+    if isinstance(schema, SimulatedSchema):
+        raise FormatError(
+            f"{folder}: a simulated checkpoint ({schema.method}): its weights are in "
+            "16 bits, with nothing packed in it; only `tacq inspect` knows it"
+        )
+    return schema
+
+
+def read_any_schema(folder: Path) -> QuantizationSchema | SimulatedSchema:
+    """Read what a folder, packed or simulated, says of itself.
+
+    Raises:
+        FormatError: neither of them.
+    """
+    config = read_json(folder / CONFIG_NAME)
+    return parse_simulated(config) or parse_schema(config.get("quantization_config"))

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import torch
 
-from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
+from tacq_vllm.format.checkpoint import (
+    CheckpointReader,
+    read_any_schema,
+    read_schema,
+)
 from tacq_vllm.format.linear import stored_bytes
 from tacq_vllm.format.schema import FormatError, QuantizationSchema
+from tacq_vllm.format.simulated import SimulatedSchema
 from tacq_vllm.format.validation import header_faults, load_linear
 
 
@@ -20,7 +25,7 @@ class LinearInfo:
     in_features: int
     outliers: int
     nbytes: int
-    """Bytes of all its tensors."""
+    """Bytes of all its tensors; of a simulated one, what its parts would take."""
 
     @property
     def weights(self) -> int:
@@ -43,10 +48,13 @@ class Inspection:
     linears: tuple[LinearInfo, ...]
     checkpoint_bytes: int
     """Bytes of the weight files, unquantized tensors and headers included."""
-    paper_bits: float
-    """Bits per weight by the paper's formula, which leaves out scales and zeros."""
+    paper_bits: float | None
+    """Bits per weight by the paper's formula, which leaves out scales and zeros; None:
+    simulated."""
     tensor_parallel_sizes: tuple[int, ...] | None
     """Numbers of ranks that the linears can be cut for; None: the file does not say."""
+    simulated: str | None = None
+    """The method whose parts the format cannot hold: the weights are in 16 bits."""
 
     @property
     def weights(self) -> int:
@@ -60,7 +68,7 @@ class Inspection:
 
     @property
     def linear_bytes(self) -> int:
-        """Bytes of all tensors of the quantized linears."""
+        """Bytes of all tensors of the quantized linears, or what they would take."""
         return sum(linear.nbytes for linear in self.linears)
 
     @property
@@ -73,14 +81,18 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     """Count a checkpoint's bits from the headers of its files.
 
     Raises:
-        FormatError: the folder is not a whole TaCQ checkpoint.
+        FormatError: the folder is not a whole TaCQ checkpoint, packed or simulated.
     """
-    return inspect_weights(folder, read_schema(folder))
+    return inspect_weights(folder, read_any_schema(folder))
 
 
-def inspect_weights(folder: Path, schema: QuantizationSchema) -> Inspection:
+def inspect_weights(
+    folder: Path, schema: QuantizationSchema | SimulatedSchema
+) -> Inspection:
     """As `inspect_checkpoint`, of a folder whose config.json is not there yet."""
     with CheckpointReader(folder) as reader:
+        if isinstance(schema, SimulatedSchema):
+            return _inspect_simulated(reader, schema)
         for fault in header_faults(reader, schema):
             raise FormatError(fault)
         return Inspection(
@@ -95,6 +107,29 @@ def inspect_weights(folder: Path, schema: QuantizationSchema) -> Inspection:
             paper_bits=schema.paper_bits,
             tensor_parallel_sizes=schema.tensor_parallel_sizes,
         )
+
+
+def _inspect_simulated(reader: CheckpointReader, schema: SimulatedSchema) -> Inspection:
+    linears = []
+    for name in sorted(schema.linears, key=_natural_order):
+        linear = schema.linears[name]
+        shape = (linear.out_features, linear.in_features)
+        if f"{name}.weight" not in reader:
+            raise FormatError(f"{name}.weight: the tensor is missing")
+        if reader[f"{name}.weight"].shape != shape:
+            raise FormatError(f"{name}.weight: not {list(shape)}")
+        info = LinearInfo(name, *shape, linear.outliers, linear.stored_bytes)
+        linears.append(info)
+    return Inspection(
+        bits=schema.bits,
+        group_size=schema.group_size,
+        dtype=schema.dtype,
+        linears=tuple(linears),
+        checkpoint_bytes=reader.file_bytes,
+        paper_bits=None,
+        tensor_parallel_sizes=None,
+        simulated=schema.method,
+    )
 
 
 def outlier_counts(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:

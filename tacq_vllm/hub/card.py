@@ -14,7 +14,7 @@ from tacq_vllm.format.inspection import inspect_weights
 from tacq_vllm.format.schema import QuantizationSchema
 from tacq_vllm.hub.license import base_license
 from tacq_vllm.hub.merge import CARD_NAME, NO_CARD, Card, merge_cards
-from tacq_vllm.hub.text import CardFacts, Origin, card_text
+from tacq_vllm.hub.text import CardFacts, Origin, Schema, card_text
 from tacq_vllm.scores import Score, read_scores
 
 ORIGIN_KEY = "tacq"
@@ -28,7 +28,7 @@ _BITS_TAG = re.compile("[234]-bit")
 
 def write_model_card(
     folder: Path,
-    schema: QuantizationSchema,
+    schema: Schema,
     base_model: str,
     hub_id: str | None = None,
     base_folder: Path | None = None,
@@ -105,7 +105,8 @@ def make_card(facts: CardFacts, local: Card, published: Card) -> str:
     if facts.base_id:
         metadata["base_model"] = facts.base_id
         metadata["base_model_relation"] = "quantized"
-    tags = ["tacq", "vllm", f"{facts.figures.bits}-bit", *_tags(published, local)]
+    kind = "simulated" if facts.figures.simulated else "vllm"
+    tags = ["tacq", kind, f"{facts.figures.bits}-bit", *_tags(published, local)]
     metadata["tags"] = list(dict.fromkeys(tags))
     if facts.origin != Origin():
         metadata[ORIGIN_KEY] = facts.origin.model_dump()

@@ -9,7 +9,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tacq_vllm.config import Recipe
 from tacq_vllm.format.inspection import Inspection
 from tacq_vllm.format.schema import QuantizationSchema
+from tacq_vllm.format.simulated import SimulatedSchema
 from tacq_vllm.scores import Score, Scores
+
+Schema = QuantizationSchema | SimulatedSchema
+
+_METHODS = {
+    "tacq": ("TaCQ", "[TaCQ](https://arxiv.org/abs/2504.07389)"),
+    "gptq": ("GPTQ", "[GPTQ](https://arxiv.org/abs/2210.17323)"),
+    "rtn": ("RTN", "rounding to nearest"),
+    "squeezellm": ("SqueezeLLM", "[SqueezeLLM](https://arxiv.org/abs/2306.07629)"),
+    "spqr": ("SpQR", "[SpQR](https://arxiv.org/abs/2306.03078)"),
+    "slim-llm": ("SliM-LLM", "[SliM-LLM](https://arxiv.org/abs/2405.14917)"),
+}
+"""What a recipe's method is called, and where it comes from."""
 
 
 class Origin(BaseModel):
@@ -27,7 +40,7 @@ class CardFacts:
 
     address: str
     """What to give to vLLM and Transformers."""
-    schema: QuantizationSchema
+    schema: Schema
     figures: Inspection
     scores: Scores | None
     origin: Origin
@@ -40,15 +53,32 @@ class CardFacts:
 def card_text(facts: CardFacts) -> str:
     """The generated part of a card."""
     figures, base = facts.figures, facts.origin.base_model
+    name, method = _METHODS.get(
+        str(facts.schema.recipe.get("method")), _METHODS["tacq"]
+    )
+    title = f"{base}, {name} {figures.bits} bits"
+    if figures.simulated:
+        title += ", simulated"
     return f"""\
-# {base}, TaCQ {figures.bits} bits
+# {title}
 
-{base}, quantized with [TaCQ](https://arxiv.org/abs/2504.07389) by tacq-vllm.
+{base}, quantized with {method} by tacq-vllm.
 Of the attention and MLP linears' {figures.weights:,} weights, {figures.outliers:,} are
 kept in 16 bits, the others in {figures.bits} bits.
 
 {_table(facts)}
 {_score_table(facts.scores)}
+{_simulated(facts) if figures.simulated else _use(facts)}
+## Recipe
+
+```json
+{json.dumps(facts.schema.recipe, indent=2)}
+```
+"""
+
+
+def _use(facts: CardFacts) -> str:
+    return f"""\
 ## Serve
 
 With tacq-vllm installed beside vLLM:
@@ -70,12 +100,17 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{facts.address}")
 ```
+"""
 
-## Recipe
 
-```json
-{json.dumps(facts.schema.recipe, indent=2)}
-```
+def _simulated(facts: CardFacts) -> str:
+    return f"""\
+## Simulated
+
+For comparisons of quality only. The format of tacq-vllm cannot hold what
+{facts.schema.recipe["method"]} makes of a weight, so the values that it stands for are
+stored in 16 bits, as in any model of Transformers and vLLM: it takes the memory of one,
+and is as fast. The effective bits are what it would take.
 """
 
 
@@ -85,7 +120,9 @@ def _table(facts: CardFacts) -> str:
         "effective bits (codes, scales, zero-points, kept weights and indices)": (
             f"{figures.effective_bits:.3f}"
         ),
-        "bits by the paper's formula": f"{figures.paper_bits:.3f}",
+        "bits by the paper's formula": (
+            "" if figures.paper_bits is None else f"{figures.paper_bits:.3f}"
+        ),
         "weight files": f"{figures.checkpoint_bytes / 1e6:.1f} MB",
         "calibration data": _calibration(facts.schema),
         "made with": _versions(facts.origin.versions),
@@ -94,12 +131,15 @@ def _table(facts: CardFacts) -> str:
     return "\n".join(["| | |", "| --- | --- |", *lines])
 
 
-def _calibration(schema: QuantizationSchema) -> str:
+def _calibration(schema: Schema) -> str:
     try:
-        calibration = Recipe.model_validate(schema.recipe).calibration
+        recipe = Recipe.model_validate(schema.recipe)
     except ValidationError:
         # Loaders ignore the recipe, which may be that of another version or tool.
         return ""
+    if recipe.method == "rtn":
+        return "none"
+    calibration = recipe.calibration
     return (
         f"{', '.join(calibration.sources)}: {calibration.num_samples} x "
         f"{calibration.seq_len} tokens at most, seed {calibration.seed}"

@@ -16,8 +16,14 @@ from tacq_vllm.format.schema import (
     QuantizationSchema,
     storage_dtype,
 )
+from tacq_vllm.format.simulated import (
+    SIMULATED_KEY,
+    SimulatedLinear,
+    SimulatedSchema,
+    effective_bits,
+)
 from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.layerwise import QuantizedBlocks
+from tacq_vllm.quantize.layerwise import LinearReport, QuantizedBlocks
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.workdir import check_output, staged_folder
@@ -26,7 +32,8 @@ REPORT_NAME = "report.jsonl"
 TIMINGS_NAME = "timings.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 
-WriteCard = Callable[[Path, QuantizationSchema], None]
+Schema = QuantizationSchema | SimulatedSchema
+WriteCard = Callable[[Path, Schema], None]
 
 
 def export_checkpoint(
@@ -43,31 +50,17 @@ def export_checkpoint(
         QuantizeError: as `check_output`, or a value does not fit the 16-bit type.
     """
     check_output(output)
-    linears = base.linears()
     dtype = base.storage_dtype(recipe.export.dtype)
     with staged_folder(output) as folder, progress.phase("export", 1) as bar:
         writer = CheckpointWriter(folder, recipe.export.max_shard_bytes)
-        for name in linears:
+        for name in base.linears():
             for suffix, tensor in blocks.tensors(name).items():
                 writer.add(f"{name}.{suffix}", tensor)
         _write_unquantized(writer, base, dtype)
         writer.close()
         reports = list(blocks.reports())
-        shapes = {
-            name: (linear.out_features, linear.in_features)
-            for name, linear in linears.items()
-        }
-        schema = QuantizationSchema(
-            bits=recipe.bits,
-            group_size=recipe.group_size,
-            dtype=dtype,
-            linears=shapes,
-            circuits={DEFAULT_CIRCUIT: {r.name: r.outliers for r in reports}},
-            tensor_parallel_sizes=_tensor_parallel_sizes(
-                base, shapes, recipe.group_size
-            ),
-            recipe=_published_recipe(recipe),
-        )
+        describe = _simulated_schema if blocks.is_simulated else _packed_schema
+        schema = describe(base, recipe, reports)
         rows = [json.dumps(asdict(report)) + "\n" for report in reports]
         (folder / REPORT_NAME).write_text("".join(rows))
         timings = {"phases": progress.seconds, "blocks": blocks.seconds()}
@@ -76,6 +69,52 @@ def export_checkpoint(
         # Last: without config.json nothing takes the folder for a checkpoint.
         _write_config(folder, base, schema)
         bar.advance()
+
+
+def _packed_schema(
+    base: BaseModel, recipe: Recipe, reports: list[LinearReport]
+) -> QuantizationSchema:
+    shapes = _shapes(base)
+    return QuantizationSchema(
+        bits=recipe.bits,
+        group_size=recipe.group_size,
+        dtype=base.storage_dtype(recipe.export.dtype),
+        linears=shapes,
+        circuits={DEFAULT_CIRCUIT: {r.name: r.outliers for r in reports}},
+        tensor_parallel_sizes=_tensor_parallel_sizes(base, shapes, recipe.group_size),
+        recipe=_published_recipe(recipe),
+    )
+
+
+def _simulated_schema(
+    base: BaseModel, recipe: Recipe, reports: list[LinearReport]
+) -> SimulatedSchema:
+    shapes = _shapes(base)
+    linears = {
+        report.name: SimulatedLinear(
+            out_features=shapes[report.name][0],
+            in_features=shapes[report.name][1],
+            outliers=report.outliers,
+            stored_bytes=report.stored_bytes,
+        )
+        for report in reports
+    }
+    return SimulatedSchema(
+        method=recipe.method,
+        bits=reports[0].bits,
+        group_size=reports[0].group_size,
+        dtype=base.storage_dtype(recipe.export.dtype),
+        effective_bits=effective_bits(linears),
+        linears=linears,
+        recipe=_published_recipe(recipe),
+    )
+
+
+def _shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
+    return {
+        name: (linear.out_features, linear.in_features)
+        for name, linear in base.linears().items()
+    }
 
 
 def _tensor_parallel_sizes(
@@ -116,7 +155,7 @@ def _write_unquantized(
         writer.add(name, tensor)
 
 
-def _write_config(folder: Path, base: BaseModel, schema: QuantizationSchema) -> None:
+def _write_config(folder: Path, base: BaseModel, schema: Schema) -> None:
     """Write tokenizer, generation config and, last, config.json."""
     base.tokenizer.save_pretrained(folder)
     published = base.published.folder / GENERATION_CONFIG_NAME
@@ -127,7 +166,9 @@ def _write_config(folder: Path, base: BaseModel, schema: QuantizationSchema) -> 
     config = copy.deepcopy(base.model.config)
     config.architectures = [type(base.model).__name__]
     config.dtype = storage_dtype(schema.dtype)
-    config.quantization_config = schema.model_dump(mode="json")
+    is_simulated = isinstance(schema, SimulatedSchema)
+    key = SIMULATED_KEY if is_simulated else "quantization_config"
+    setattr(config, key, schema.model_dump(mode="json"))
     config.save_pretrained(folder)
 
 

@@ -26,6 +26,7 @@ from transformers import (
 
 from tacq_vllm.config import StorageDtype
 from tacq_vllm.format.checkpoint import CONFIG_NAME, CheckpointWriter
+from tacq_vllm.format.simulated import SIMULATED_KEY
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.weights import WeightFiles, open_weights
 from tacq_vllm.quantize.workdir import WorkDir, fingerprint, staged_folder
@@ -36,6 +37,7 @@ BLOCK_PARTS = ("self_attn", "mlp")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """Linears that choose experts: small, and never quantized."""
 
+_QUANTIZED_KEYS = ("quantization_config", SIMULATED_KEY)
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _CONVERTED_SHARD_BYTES = 2_000_000_000
 
@@ -216,7 +218,7 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
     try:
         source = _locate(model)
         config = AutoConfig.from_pretrained(**source.arguments)
-        if getattr(config, "quantization_config", None) is not None:
+        if any(getattr(config, key, None) is not None for key in _QUANTIZED_KEYS):
             raise QuantizeError(f"{model}: already quantized; give the 16-bit model")
         stored_dtype = config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):

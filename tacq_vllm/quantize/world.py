@@ -38,21 +38,27 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def rows(self, count: int) -> slice:
-        """The rows of a matrix that this process works on."""
-        each = -(-count // self.size)
+    def rows(self, count: int, multiple: int = 1) -> slice:
+        """The rows of a matrix that this process works on.
+
+        So many as `multiple`, from the first row on, are never parted.
+        """
+        each = self._rows_each(count, multiple)
         return slice(min(self.rank * each, count), min((self.rank + 1) * each, count))
 
-    def gather_rows(self, part: Tensor, count: int) -> Tensor:
+    def gather_rows(self, part: Tensor, count: int, multiple: int = 1) -> Tensor:
         """Join the rows that each process has worked on: [count, ...]."""
         if self.size == 1:
             return part
-        each = -(-count // self.size)
+        each = self._rows_each(count, multiple)
         padded = part.new_zeros(each, *part.shape[1:])
         padded[: part.shape[0]] = part
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
         return torch.cat(parts)[:count]
+
+    def _rows_each(self, count: int, multiple: int) -> int:
+        return -(-count // (self.size * multiple)) * multiple
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:

@@ -4,11 +4,14 @@ from collections.abc import Callable, Mapping
 
 from tacq_vllm.config import Method
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
-from tacq_vllm.quantize.methods import gptq, rtn, tacq
+from tacq_vllm.quantize.methods import gptq, rtn, slim_llm, spqr, squeezellm, tacq
 from tacq_vllm.quantize.passes import Passes
 
 METHODS: Mapping[Method, Callable[[Passes], QuantizedBlocks]] = {
     "tacq": tacq.quantize,
     "gptq": gptq.quantize,
     "rtn": rtn.quantize,
+    "squeezellm": squeezellm.quantize,
+    "spqr": spqr.quantize,
+    "slim-llm": slim_llm.quantize,
 }

@@ -1,0 +1,271 @@
+"""SliM-LLM (arXiv 2405.14917): more bits for the groups of columns that matter more.
+
+All rows of a linear share the bits of a group of input columns: N-1, N or N+1, as many
+groups above as below, so that N is the average (section 3.2). How many is searched by
+the divergence of the outputs; grids are searched by their elements' salience (section
+3.3). GPTQ does the rounding.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, softmax
+
+from tacq_vllm.config import GptqConfig
+from tacq_vllm.config_methods import SlimLlmConfig
+from tacq_vllm.quantize.columns import lazy_block, round_columns
+from tacq_vllm.quantize.gptq import inverse_factor
+from tacq_vllm.quantize.grid import Grid
+from tacq_vllm.quantize.layerwise import QuantizedBlocks
+from tacq_vllm.quantize.methods.simulated import SimulatedRounder
+from tacq_vllm.quantize.passes import Passes
+from tacq_vllm.quantize.result import SimulatedResult
+from tacq_vllm.quantize.rounder import GroupInputs
+from tacq_vllm.quantize.world import World
+
+_TOKENS = 1024
+"""Tokens whose outputs are compared at a time."""
+
+_LEAST_PROBABILITY = 1e-6
+"""Below which outputs count as equally improbable (reference code)."""
+
+_LABEL_BITS = 2
+"""To say which of three widths a group has."""
+
+RoundValues = Callable[[Tensor], Tensor]
+"""The values of a grid next to weights, [out, n]."""
+
+
+def quantize(passes: Passes) -> QuantizedBlocks:
+    """Every linear by itself, on what those before it produce."""
+    recipe = passes.recipe
+    config = recipe.slim_llm
+    passes.check_linears(recipe.group_size)
+
+    def quantize_linear(
+        name: str, W: Tensor, inputs: GroupInputs | None
+    ) -> SimulatedResult:
+        assert inputs is not None
+        return quantize_matrix(
+            W,
+            inputs,
+            bits=recipe.bits,
+            group_size=recipe.group_size,
+            dtype=passes.dtype,
+            config=config,
+            gptq=recipe.gptq,
+            world=passes.world,
+        )
+
+    rounder = SimulatedRounder(
+        quantize_linear,
+        recipe.bits,
+        recipe.group_size,
+        passes.dtype,
+        sample_tokens=config.search_tokens,
+    )
+    depends = {
+        "bits": recipe.bits,
+        "group_size": recipe.group_size,
+        "dtype": passes.dtype_name,
+        "slim_llm": config.model_dump(mode="json"),
+        "gptq": recipe.gptq.model_dump(
+            mode="json", include={"damp_percent", "block_size", "grid_norm"}
+        ),
+    }
+    return passes.blocks("slim-llm", "quantization", rounder, depends)
+
+
+def quantize_matrix(
+    W: Tensor,
+    inputs: GroupInputs,
+    *,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+    config: SlimLlmConfig,
+    gptq: GptqConfig,
+    world: World,
+) -> SimulatedResult:
+    """Quantize one linear; every process does all of it.
+
+    Args:
+        W: float32 [out, in].
+        inputs: the Hessian, and tokens to compare outputs on.
+        bits: bits of a code on average.
+        group_size: columns of a group.
+        dtype: the 16-bit type of scales.
+        config: search of bits and grids.
+        gptq: damping, block size and norm of the error.
+        world: adds up what the processes have compared.
+
+    Raises:
+        QuantizeError: the Hessian stays singular, or is not finite.
+    """
+    U, damp_percent = inverse_factor(inputs.H, gptq.damp_percent)
+    salience = (W / U.diagonal()).square().sum(0).view(-1, group_size).sum(1)
+    ranking = salience.argsort()
+    losses = divergences(W, inputs.sample, ranking, bits)
+    world.add_up(losses)
+    group_bits = choose_bits(ranking, losses, bits)
+
+    values: RoundValues = fit_binary(W, dtype)
+
+    def round_column(step: int, rest: Tensor) -> Tensor:
+        nonlocal values
+        group, first = divmod(step, group_size)
+        if first == 0:
+            columns = slice(step, step + group_size)
+            values = fit_group(
+                rest[columns].T,
+                U.diagonal()[columns],
+                group_bits[group],
+                dtype,
+                config,
+                gptq.grid_norm,
+            )
+        return values(rest[step].unsqueeze(1)).squeeze(1)
+
+    order = torch.arange(W.shape[1], device=W.device)
+    block_size = lazy_block(gptq.block_size, group_size, W.shape[1])
+    return SimulatedResult(
+        weight=round_columns(W, U, order, block_size, round_column),
+        outliers=0,
+        stored_bits=stored_bits(W.shape[0], group_size, group_bits),
+        damp_percent=damp_percent,
+    )
+
+
+def divergences(W: Tensor, x: Tensor, ranking: Tensor, bits: int) -> Tensor:
+    """What 1, 2, ... groups with a bit more, and as many with one less, do to outputs.
+
+    Args:
+        W: float32 [out, in].
+        x: float32 [tokens, in].
+        ranking: int64 [groups], the least salient first.
+        bits: bits of a code on average.
+
+    Returns:
+        float64 [groups / 2 - 1]: the sum over tokens of the Kullback-Leibler divergence
+        between the softmax of the outputs with simply rounded weights and without.
+    """
+    size = W.shape[1] // len(ranking)
+
+    def rounded(width: int) -> Tensor:
+        groups = W.split(size, dim=1)
+        return torch.cat([_fit_simply(group, width)(group) for group in groups], 1)
+
+    middle = rounded(bits)
+    changes = {width: rounded(width) - middle for width in (bits - 1, bits + 1)}
+    count = max(0, len(ranking) // 2 - 1)
+    losses = torch.zeros(count, dtype=torch.float64, device=W.device)
+    order = ranking.tolist()
+    for part in x.split(_TOKENS):
+        target = softmax(part @ W.T, dim=1).clamp(min=_LEAST_PROBABILITY).log()
+        outputs = part @ middle.T
+        for index in range(count):
+            # One candidate differs from the one before in two groups.
+            for width, group in ((bits - 1, order[index]), (bits + 1, order[~index])):
+                columns = slice(group * size, (group + 1) * size)
+                outputs += part[:, columns] @ changes[width][:, columns].T
+            found = softmax(outputs, dim=1).clamp(min=_LEAST_PROBABILITY)
+            losses[index] += kl_div(target, found, reduction="sum")
+    return losses
+
+
+def choose_bits(ranking: Tensor, losses: Tensor, bits: int) -> list[int]:
+    """Bits of each group, by the number of raised ones that lost least.
+
+    With fewer than four groups there is no choice, and all have the same.
+    """
+    group_bits = [bits] * len(ranking)
+    if losses.numel() == 0:
+        return group_bits
+    order = ranking.tolist()
+    for index in range(int(losses.argmin()) + 1):
+        group_bits[order[index]] = bits - 1
+        group_bits[order[~index]] = bits + 1
+    return group_bits
+
+
+def fit_group(
+    W: Tensor,
+    factor: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    config: SlimLlmConfig,
+    norm: float,
+) -> RoundValues:
+    """Search each row's grid, of ranges around its own; one bit needs no search.
+
+    Args:
+        W: float32 [out, n], a group of columns.
+        factor: float32 [n], the diagonal of the inverse Hessian's factor.
+        bits: bits of a code.
+        dtype: the 16-bit type of scales.
+        config: which elements are salient, and how far ranges are changed.
+        norm: exponent of the rounding error.
+    """
+    if bits == 1:
+        return fit_binary(W, dtype)
+    weights = torch.where(
+        salient_elements((W / factor).square(), config.salience_deviations),
+        config.salience_weight,
+        1.0,
+    )
+    steps = torch.arange(config.search_steps + 1) / config.search_steps
+    changes = config.search_range * torch.cat([steps, -steps[1:]])
+    best = _range_grid(W, 1.0, bits, dtype)
+    best_error = torch.full_like(best.scales, torch.inf)
+    for change in changes.tolist():
+        grid = _range_grid(W, 1.0 + change, bits, dtype)
+        error = (grid.values(grid.codes(W)) - W).abs_().pow_(norm).mul_(weights)
+        error = error.sum(1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        scales = torch.where(better, grid.scales, best.scales)
+        best = Grid(scales, torch.where(better, grid.zeros, best.zeros), grid.max_code)
+    return lambda w: best.values(best.codes(w))
+
+
+def salient_elements(salience: Tensor, deviations: float) -> Tensor:
+    """Elements so many standard deviations above the mean: bool [out, n]."""
+    return salience > salience.mean() + deviations * salience.std()
+
+
+def fit_binary(W: Tensor, dtype: torch.dtype) -> RoundValues:
+    """Each row's mean, plus or minus the mean of its absolute values: 1 bit."""
+    means, sizes = (
+        values.mean(1, keepdim=True).to(dtype).float() for values in (W, W.abs())
+    )
+    return lambda w: (w - means).sign_().mul_(sizes).add_(means)
+
+
+def stored_bits(out_features: int, group_size: int, group_bits: list[int]) -> int:
+    """Bits of codes, scales, zero-points (of one bit: means), and groups' widths."""
+    total = _LABEL_BITS * len(group_bits)
+    for bits in group_bits:
+        zero = 16 if bits == 1 else bits
+        total += out_features * (bits * group_size + 16 + zero)
+    return total
+
+
+def _fit_simply(W: Tensor, bits: int) -> RoundValues:
+    """The grid of each row's whole range, not searched and in full precision."""
+    if bits == 1:
+        return fit_binary(W, torch.float32)
+    grid = _range_grid(W, 1.0, bits, torch.float32)
+    return lambda w: grid.values(grid.codes(w))
+
+
+def _range_grid(W: Tensor, share: float, bits: int, dtype: torch.dtype) -> Grid:
+    """The grid of a share of each row's range, which has zero in it: over columns."""
+    low, high = W.amin(1).clamp(max=0.0), W.amax(1).clamp(min=0.0)
+    empty = low == high
+    low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
+    max_code = 2**bits - 1
+    scales = (high - low) / max_code
+    zeros = (-low / scales).round_()
+    scales = (share * scales).to(dtype).float()
+    return Grid(scales, zeros, max_code).over_columns()
