@@ -160,6 +160,21 @@ def test_verify_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     assert "nowhere/config.json: the file is missing" in result.stdout
 
 
+def test_a_simulated_checkpoint_is_called_so(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = quantize_arguments(tiny_model, output, text_file, method="spqr")
+
+    result = tacq(*arguments)
+
+    assert result.exit_code == 0, result.output
+    figures = inspect_checkpoint(output)
+    assert result.stdout.startswith(
+        f"{output}: {figures.effective_bits:.3f} effective bits (simulated spqr, "
+    )
+
+
 def test_quantize_end_to_end(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     options = {

@@ -4,18 +4,9 @@ The weights that they stand for are stored in 16 bits, as in any Transformers fo
 block of config.json that no loader takes for a quantization says what they would take.
 """
 
-import json
-from typing import Any, Final, Self
+from typing import Annotated, Any, Final, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tacq_vllm.config import StorageDtype, one_line
 from tacq_vllm.format.schema import FormatError
@@ -23,16 +14,18 @@ from tacq_vllm.format.schema import FormatError
 SIMULATED_KEY: Final = "tacq_simulated"
 """The block's key in config.json."""
 
+_Size = Annotated[int, Field(ge=1, le=1 << 48)]
+
 
 class SimulatedLinear(BaseModel):
     """One quantized linear, and what its parts would take."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    out_features: PositiveInt
-    in_features: PositiveInt
-    outliers: NonNegativeInt = Field(description="Weights kept in 16 bits.")
-    stored_bytes: PositiveInt = Field(
+    out_features: _Size
+    in_features: _Size
+    outliers: int = Field(ge=0, description="Weights kept in 16 bits.")
+    stored_bytes: _Size = Field(
         description="Bytes of codes, grids or tables, and kept weights."
     )
 
@@ -43,7 +36,7 @@ class SimulatedSchema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     method: str = Field(description="The recipe's method.")
-    bits: PositiveInt = Field(description="Bits of a code; where they vary, about.")
+    bits: int = Field(ge=1, le=16, description="Bits of a code, or their average.")
     group_size: int = Field(
         ge=-1, description="Input columns that share a scale; -1: the whole row."
     )
@@ -58,7 +51,7 @@ class SimulatedSchema(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if abs(self.effective_bits - effective_bits(self.linears)) > 1e-6:
+        if not abs(self.effective_bits - effective_bits(self.linears)) <= 1e-6:
             raise ValueError("effective_bits: not those of the linears")
         return self
 
@@ -79,8 +72,6 @@ def parse_simulated(config: dict[str, Any]) -> SimulatedSchema | None:
     if SIMULATED_KEY not in config:
         return None
     try:
-        # JSON mode: lists become tuples, nothing else is converted.
-        block = json.dumps(config[SIMULATED_KEY])
-        return SimulatedSchema.model_validate_json(block)
+        return SimulatedSchema.model_validate(config[SIMULATED_KEY])
     except ValidationError as error:
         raise FormatError(f"{SIMULATED_KEY}: {one_line(error)}") from error

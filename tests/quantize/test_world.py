@@ -52,16 +52,19 @@ def test_one_process_works_alone() -> None:
         assert torch.equal(tensor, torch.arange(6.0).view(3, 2))
 
 
-@given(size=st.integers(1, 5), count=st.integers(0, 20))
-def test_every_item_and_every_row_is_somebodys(size: int, count: int) -> None:
+@given(size=st.integers(1, 5), count=st.integers(0, 20), multiple=st.integers(1, 6))
+def test_every_item_and_every_row_is_somebodys(
+    size: int, count: int, multiple: int
+) -> None:
     worlds = [World(rank, size) for rank in range(size)]
 
     shares = [world.share(range(count)) for world in worlds]
-    rows = [list(range(count))[world.rows(count)] for world in worlds]
+    rows = [list(range(count))[world.rows(count, multiple)] for world in worlds]
 
     assert sorted(item for share in shares for item in share) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert [row for part in rows for row in part] == list(range(count))
+    assert all(part[0] % multiple == 0 for part in rows if part)
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +90,11 @@ with open_world(torch.device("cpu")) as (world, device):
     assert total.tolist() == [6.0, 6.0]
     # More rows than processes, and fewer in some; more processes than rows.
     for count, dtype in ((7, torch.float32), (4, torch.uint8), (2, torch.bfloat16)):
-        whole = torch.arange(count * 5).view(count, 5).to(dtype)
-        gathered = world.gather_rows(whole[world.rows(count)], count)
-        assert gathered.dtype == dtype and torch.equal(gathered, whole)
+        for multiple in (1, 4):
+            whole = torch.arange(count * 5).view(count, 5).to(dtype)
+            part = whole[world.rows(count, multiple)]
+            gathered = world.gather_rows(part, count, multiple)
+            assert gathered.dtype == dtype and torch.equal(gathered, whole)
     with world.leader_first():
         assert mark.exists() != world.leads
         mark.touch()

@@ -65,6 +65,10 @@ def test_a_checkpoint_without_any_text(
     assert find_faults(tmp_path / "out") == []
     schema = read_schema(tmp_path / "out")
     assert set(schema.circuits["default"].values()) == {0}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# tiny-llama, RTN 3 bits\n" in card
+    assert "quantized with rounding to nearest" in card
+    assert "| calibration data | none |" in card
     with CheckpointReader(tmp_path / "out") as reader:
         for name in schema.linears:
             expected = round_to_nearest(

@@ -10,13 +10,15 @@ from tacq_vllm.config import GptqConfig, Recipe, RecipeError, override_recipe
 from tacq_vllm.config_methods import SlimLlmConfig
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gptq import inverse_factor, relative_error
+from tacq_vllm.quantize.methods.slim_grid import (
+    fit_binary,
+    fit_group,
+    salient_elements,
+)
 from tacq_vllm.quantize.methods.slim_llm import (
     choose_bits,
     divergences,
-    fit_binary,
-    fit_group,
     quantize_matrix,
-    salient_elements,
     stored_bits,
 )
 from tacq_vllm.quantize.model import BaseModel
