@@ -146,7 +146,7 @@ class Recipe(Section):
         "or slim-llm (docs/methods.md).",
     )
     bits: Literal[2, 3, 4] = Field(
-        3, description="Bits of a code; of slim-llm on average."
+        3, description="Bits of a code; slim-llm: on average; spqr: one less."
     )
     group_size: int = Field(
         -1,

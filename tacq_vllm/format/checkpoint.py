@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tacq_vllm.format.schema import FormatError, QuantizationSchema, parse_schema
-from tacq_vllm.format.simulated import SimulatedSchema, parse_simulated
+from tacq_vllm.format.simulated import AnySchema, SimulatedSchema, parse_simulated
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -222,7 +222,7 @@ def read_schema(folder: Path) -> QuantizationSchema:
     return schema
 
 
-def read_any_schema(folder: Path) -> QuantizationSchema | SimulatedSchema:
+def read_any_schema(folder: Path) -> AnySchema:
     """Read what a folder, packed or simulated, says of itself.
 
     Raises:

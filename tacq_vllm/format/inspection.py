@@ -12,7 +12,7 @@ from tacq_vllm.format.checkpoint import (
 )
 from tacq_vllm.format.linear import stored_bytes
 from tacq_vllm.format.schema import FormatError, QuantizationSchema
-from tacq_vllm.format.simulated import SimulatedSchema
+from tacq_vllm.format.simulated import AnySchema, SimulatedSchema
 from tacq_vllm.format.validation import header_faults, load_linear
 
 
@@ -86,9 +86,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     return inspect_weights(folder, read_any_schema(folder))
 
 
-def inspect_weights(
-    folder: Path, schema: QuantizationSchema | SimulatedSchema
-) -> Inspection:
+def inspect_weights(folder: Path, schema: AnySchema) -> Inspection:
     """As `inspect_checkpoint`, of a folder whose config.json is not there yet."""
     with CheckpointReader(folder) as reader:
         if isinstance(schema, SimulatedSchema):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tacq_vllm.config import StorageDtype, one_line
-from tacq_vllm.format.schema import FormatError
+from tacq_vllm.format.schema import FormatError, QuantizationSchema
 
 SIMULATED_KEY: Final = "tacq_simulated"
 """The block's key in config.json."""
@@ -54,6 +54,10 @@ class SimulatedSchema(BaseModel):
         if not abs(self.effective_bits - effective_bits(self.linears)) <= 1e-6:
             raise ValueError("effective_bits: not those of the linears")
         return self
+
+
+AnySchema = QuantizationSchema | SimulatedSchema
+"""What a checkpoint, packed or simulated, says of itself."""
 
 
 def effective_bits(linears: dict[str, SimulatedLinear]) -> float:

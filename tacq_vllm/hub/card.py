@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from tacq_vllm import __version__
 from tacq_vllm.format.inspection import inspect_weights
 from tacq_vllm.format.schema import QuantizationSchema
+from tacq_vllm.format.simulated import AnySchema
 from tacq_vllm.hub.license import base_license
 from tacq_vllm.hub.merge import CARD_NAME, NO_CARD, Card, merge_cards
-from tacq_vllm.hub.text import CardFacts, Origin, Schema, card_text
+from tacq_vllm.hub.text import CardFacts, Origin, card_text
 from tacq_vllm.scores import Score, read_scores
 
 ORIGIN_KEY = "tacq"
@@ -28,7 +29,7 @@ _BITS_TAG = re.compile("[234]-bit")
 
 def write_model_card(
     folder: Path,
-    schema: Schema,
+    schema: AnySchema,
     base_model: str,
     hub_id: str | None = None,
     base_folder: Path | None = None,

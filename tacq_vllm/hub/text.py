@@ -8,11 +8,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tacq_vllm.config import Recipe
 from tacq_vllm.format.inspection import Inspection
-from tacq_vllm.format.schema import QuantizationSchema
-from tacq_vllm.format.simulated import SimulatedSchema
+from tacq_vllm.format.simulated import AnySchema
 from tacq_vllm.scores import Score, Scores
-
-Schema = QuantizationSchema | SimulatedSchema
 
 _METHODS = {
     "tacq": ("TaCQ", "[TaCQ](https://arxiv.org/abs/2504.07389)"),
@@ -40,7 +37,7 @@ class CardFacts:
 
     address: str
     """What to give to vLLM and Transformers."""
-    schema: Schema
+    schema: AnySchema
     figures: Inspection
     scores: Scores | None
     origin: Origin
@@ -131,7 +128,7 @@ def _table(facts: CardFacts) -> str:
     return "\n".join(["| | |", "| --- | --- |", *lines])
 
 
-def _calibration(schema: Schema) -> str:
+def _calibration(schema: AnySchema) -> str:
     try:
         recipe = Recipe.model_validate(schema.recipe)
     except ValidationError:

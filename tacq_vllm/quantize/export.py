@@ -18,6 +18,7 @@ from tacq_vllm.format.schema import (
 )
 from tacq_vllm.format.simulated import (
     SIMULATED_KEY,
+    AnySchema,
     SimulatedLinear,
     SimulatedSchema,
     effective_bits,
@@ -32,8 +33,7 @@ REPORT_NAME = "report.jsonl"
 TIMINGS_NAME = "timings.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 
-Schema = QuantizationSchema | SimulatedSchema
-WriteCard = Callable[[Path, Schema], None]
+WriteCard = Callable[[Path, AnySchema], None]
 
 
 def export_checkpoint(
@@ -155,7 +155,7 @@ def _write_unquantized(
         writer.add(name, tensor)
 
 
-def _write_config(folder: Path, base: BaseModel, schema: Schema) -> None:
+def _write_config(folder: Path, base: BaseModel, schema: AnySchema) -> None:
     """Write tokenizer, generation config and, last, config.json."""
     base.tokenizer.save_pretrained(folder)
     published = base.published.folder / GENERATION_CONFIG_NAME

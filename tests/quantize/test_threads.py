@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tacq_vllm.config import GptqConfig
 from tacq_vllm.quantize.gptq import (
-    GptqResult,
     Hessian,
     inverse_factor,
     quantize_matrix,
 )
+from tacq_vllm.quantize.result import GridResult
 
 IN_FEATURES = 576
 TOKENS = 2048
@@ -41,7 +41,7 @@ def measure(threads: int) -> tuple[Tensor, Tensor]:
     return H, inverse_factor(H, 0.01)[0]
 
 
-def quantize(threads: int, H: Tensor) -> GptqResult:
+def quantize(threads: int, H: Tensor) -> GridResult:
     torch.set_num_threads(threads)
     W = torch.randn(256, IN_FEATURES, generator=torch.Generator().manual_seed(1))
     return quantize_matrix(

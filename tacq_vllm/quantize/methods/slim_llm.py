@@ -18,7 +18,6 @@ from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.simulated import SimulatedRounder
 from tacq_vllm.quantize.methods.slim_grid import (
     RoundValues,
-    fit_binary,
     fit_group,
     fit_simply,
 )
@@ -104,13 +103,13 @@ def quantize_matrix(
         QuantizeError: the Hessian stays singular, or is not finite.
     """
     U, damp_percent = inverse_factor(inputs.H, gptq.damp_percent)
-    salience = (W / U.diagonal()).square().sum(0).view(-1, group_size).sum(1)
-    ranking = salience.argsort()
+    salience = (W / U.diagonal()).square().double().sum(0)
+    ranking = salience.view(-1, group_size).sum(1).argsort()
     losses = divergences(W, inputs.sample, ranking, bits)
     world.add_up(losses)
     group_bits = choose_bits(ranking, losses, bits)
 
-    values: RoundValues = fit_binary(W, dtype)
+    values: RoundValues | None = None
 
     def round_column(step: int, rest: Tensor) -> Tensor:
         nonlocal values
@@ -125,6 +124,7 @@ def quantize_matrix(
                 config,
                 gptq.grid_norm,
             )
+        assert values is not None
         return values(rest[step].unsqueeze(1)).squeeze(1)
 
     order = torch.arange(W.shape[1], device=W.device)

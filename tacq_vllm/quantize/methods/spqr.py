@@ -138,7 +138,7 @@ def quantize_matrix(
     run = partial(
         quantize_rows, U=U, order=order, bits=bits, dtype=dtype, config=config
     )
-    unit = float((W[:, order].var(0) / U.diagonal().square()).mean())
+    unit = float((W[:, order].double().var(0) / U.diagonal().square()).mean())
 
     def share(rows: Tensor, threshold: float) -> float:
         return float(run(rows, threshold=threshold * unit).kept.float().mean())
