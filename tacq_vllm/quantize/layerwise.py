@@ -256,7 +256,9 @@ class BlockPass:
             hessian = hessian or Hessian(x.shape[-1], x.device)
             hessian.add(x)
             if self._stride:
-                sample.append(x.flatten(0, -2)[:: self._stride].float())
+                chosen = x.flatten(0, -2)[:: self._stride]
+                # A copy: a view would keep all inputs in memory.
+                sample.append(chosen.to(torch.float32, copy=True))
         assert hessian is not None
         self._world.add_up(hessian.total)
         self._world.add_up(hessian.tokens)

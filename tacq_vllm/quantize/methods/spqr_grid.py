@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tacq_vllm.config_methods import SpqrConfig
 
@@ -41,8 +40,10 @@ def round_statistics(
 ) -> Tensor:
     """Round one statistic of all rows, [out, 1], on a 16-bit grid for some together."""
     count = values.shape[0]
-    missing = -count % group_size
-    padded = pad(values.T, (0, missing), mode="replicate").view(-1, group_size)
+    groups = -(-count // group_size)
+    missing = groups * group_size - count
+    filler = values[-1:].expand(missing, 1)
+    padded = torch.cat([values, filler]).view(groups, group_size)
     grid = fit_range(padded, bits)
     stored = RangeGrid(
         grid.scales.to(dtype).float(), grid.zeros.to(dtype).float(), grid.max_code

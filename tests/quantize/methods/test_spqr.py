@@ -147,6 +147,10 @@ def test_statistics_of_a_last_group_that_is_not_full() -> None:
     torch.testing.assert_close(rounded[[0, 15, 16, 19]], values[[0, 15, 16, 19]])
 
 
+def test_statistics_of_a_process_that_has_no_rows() -> None:
+    assert round_statistics(torch.empty(0, 1), 3, 16, torch.float32).shape == (0, 1)
+
+
 def test_a_threshold_is_found() -> None:
     assert search_threshold(lambda threshold: 1 / (1 + threshold), 0.2) == (
         pytest.approx(4.0, rel=0.05)
