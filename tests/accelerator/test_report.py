@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tacq_vllm.accelerator
+from tacq_vllm.accelerator.__main__ import main
+from tacq_vllm.accelerator.array import run_tile
+from tacq_vllm.accelerator.costs import array_area, element_area, layer_traffic
+from tacq_vllm.accelerator.design import MAC_3, MAC_8, TEMPORAL, ArraySize
+from tacq_vllm.accelerator.layers import (
+    Layer,
+    measure_layer,
+    random_activations,
+    random_layer,
+)
+from tacq_vllm.accelerator.report import area_table, replace_tables, tile_table
+
+README = Path(tacq_vllm.accelerator.__file__).with_name("README.md")
+
+
+def test_the_readme_has_the_tables_that_the_command_makes():
+    page = README.read_text()
+
+    tables = {"areas": area_table(), "one tile": tile_table()}
+
+    assert replace_tables(page, tables) == page
+
+
+def test_a_page_without_a_place_is_refused(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("nothing here\n")
+
+    assert main(["--write", str(page)]) == 2
+
+    assert capsys.readouterr().err.startswith("tacq: the page has no place")
+    assert page.read_text() == "nothing here\n"
+
+
+def test_a_missing_model_is_one_line(tmp_path, capsys):
+    pytest.importorskip("gguf")
+
+    assert main(["--model", str(tmp_path / "none.gguf")]) == 2
+
+    err = capsys.readouterr().err
+    assert "none.gguf" in err
+    assert err.count("\n") == 1
+
+
+def test_areas_by_hand():
+    # 24 of 32 bits of an adder, 35 register bits, two gates for each activation bit.
+    expected = 137 * 24 / 32 + 35 * 5.981433 + 16 * 50.36996 / 32
+    assert element_area(TEMPORAL) == pytest.approx(expected)
+    assert element_area(MAC_8) == pytest.approx(137 + 49 * 5.981433 + 282)
+    size = ArraySize(4, 4)
+    assert array_area(TEMPORAL, size) < array_area(MAC_3, size)
+    assert array_area(MAC_3, size) < array_area(MAC_8, size)
+
+
+def test_traffic_by_hand():
+    traffic = layer_traffic(64, 96, ArraySize(32, 8), TEMPORAL)
+
+    # 64 rows of 28 bytes; two tiles read 96 x 8 activations each; 64 x 8 outputs.
+    assert traffic.memory_bytes == 64 * 28 + 96 * 8 + 2 * 64 * 8
+    assert traffic.buffer_bytes == 64 * 28 + 2 * 96 * 8 + 4 * 64 * 8
+    wide = layer_traffic(64, 96, ArraySize(32, 8), MAC_8)
+    assert wide.memory_bytes - traffic.memory_bytes == 64 * (96 - 28)
+
+
+@pytest.mark.parametrize("design", [TEMPORAL, MAC_3], ids=lambda design: design.name)
+def test_a_whole_layer_is_the_sum_of_its_tiles(design):
+    size = ArraySize(4, 3)
+    layer = random_layer("layer", 10, 24, rows=10)
+    activations = random_activations(24, 3)
+
+    work = measure_layer(layer, design, size)
+
+    filled = np.pad(layer.codes, ((0, 2), (0, 0)))
+    runs = [run_tile(filled[i : i + 4], activations, design) for i in range(0, 12, 4)]
+    assert work.counts.cycles == sum(run.counts.cycles for run in runs)
+    assert work.counts.additions == sum(run.counts.additions for run in runs)
+    assert work.counts.clocked_bits == sum(run.counts.clocked_bits for run in runs)
+    assert work.toggles == 3 * runs[0].toggles
+
+
+def test_sampled_rows_stand_for_all():
+    size = ArraySize(4, 3)
+    tile = random_layer("layer", 4, 24, rows=4).codes
+    whole = Layer("whole", 12, np.concatenate([tile] * 3))
+    sampled = Layer("sampled", 12, tile)
+
+    assert measure_layer(sampled, TEMPORAL, size) == measure_layer(
+        whole, TEMPORAL, size
+    )
