@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tacq_vllm.accelerator
 from tacq_vllm.accelerator.__main__ import main
@@ -10,7 +11,10 @@ from tacq_vllm.accelerator.costs import array_area, element_area, layer_traffic
 from tacq_vllm.accelerator.design import MAC_3, MAC_8, TEMPORAL, ArraySize
 from tacq_vllm.accelerator.layers import (
     Layer,
+    MissingModelError,
+    gguf_layers,
     measure_layer,
+    quantized_layer,
     random_activations,
     random_layer,
 )
@@ -45,6 +49,25 @@ def test_a_missing_model_is_one_line(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "none.gguf" in err
     assert err.count("\n") == 1
+
+
+def test_layers_are_read_from_a_gguf_file(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    W = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("blk.0.attn_q.weight", W.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    (layer,) = gguf_layers(path, {"blk.0.attn_q.weight": "q_proj"})
+
+    assert (layer.name, layer.out_features) == ("q_proj", 5)
+    assert np.array_equal(layer.codes, quantized_layer("", W, 5).codes)
+    with pytest.raises(MissingModelError, match="has no tensor none"):
+        list(gguf_layers(path, {"none": "q_proj"}))
 
 
 def test_areas_by_hand():
