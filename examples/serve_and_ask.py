@@ -63,7 +63,7 @@ def serve(checkpoint: Path, *options: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        shutil.which("vllm", path=Path(sys.executable).parent) or "vllm",
+        find_command("vllm"),
         *("serve", str(checkpoint), "--quantization", "tacq"),
         *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048"),
         *options,
@@ -81,6 +81,11 @@ def serve(checkpoint: Path, *options: str) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(timeout=60)
+
+
+def find_command(name: str) -> str:
+    """A command that was installed beside this Python, or else on the path."""
+    return shutil.which(name, path=Path(sys.executable).parent) or name
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], health_url: str) -> None:
