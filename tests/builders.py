@@ -1,6 +1,7 @@
 """Random linears and inputs, samples, commands, and damaged checkpoints."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tacq_vllm.format.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from tacq_vllm.format.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointWriter
 from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import select_outliers
 
@@ -103,6 +104,16 @@ def rewrite_tensors(folder: Path, change: Change) -> None:
     temporary = path.with_suffix(".new")
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)
+
+
+def save_sharded(source: Path, folder: Path) -> Path:
+    """Write a checkpoint of one shard anew, in several; give its folder."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(WEIGHTS_NAME))
+    writer = CheckpointWriter(folder, max_shard_bytes=20_000)
+    for name, tensor in load_file(source / WEIGHTS_NAME).items():
+        writer.add(name, tensor)
+    writer.close()
+    return folder
 
 
 def remove(name: str) -> Change:

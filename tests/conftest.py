@@ -32,6 +32,7 @@ from tacq_vllm.quantize.progress import Listener, Progress
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
 from tests.builders import write_lines
+from tests.hub_server import Hub, hub_server
 
 settings.register_profile("tacq", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("tacq")
@@ -230,6 +231,13 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "wikitext2" / "train.txt").write_text(make_text())
     (root / "wikitext2" / "test.txt").write_text("the loud bridge")
     return root
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    """A Hub on loopback, which holds nothing yet."""
+    with hub_server() as server:
+        yield server
 
 
 class Recorder:

@@ -207,7 +207,8 @@ class Handler(BaseHTTPRequestHandler):
         knows_us = token == f"Bearer {TOKEN}"
         repo = self.server.repos.get(repo_id)
         if not knows_us and (repo is None or repo.private or writes):
-            raise Refusal(401, "", "Invalid username or password.")
+            # The Hub sends no code; at an address with https the client takes it so.
+            raise Refusal(401, "RepoNotFound", "Invalid username or password.")
         if repo is None:
             raise Refusal(404, "RepoNotFound", "Repository not found")
         return repo

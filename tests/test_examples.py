@@ -5,7 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from tacq_vllm.format.validation import find_faults
 from tacq_vllm.scores import SCORES_NAME, read_scores
 from tests.builders import truncate
 from tests.conftest import SIZES, make_chat_tokenizer, make_text, save_random
-from tests.hub_server import Hub, hub_server
+from tests.hub_server import Hub
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PROMPT = "the old river"
@@ -55,12 +55,6 @@ def run_example(
         text=True,
         check=False,
     )
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with hub_server() as server:
-        yield server
 
 
 def test_use_from_transformers(tiny_checkpoint: Path, run_here: RunHere) -> None:

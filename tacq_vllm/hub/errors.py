@@ -56,6 +56,14 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
             f"{repo_id}: not whole in the cache, and the Hub is out of reach; run this "
             "again with a connection, HF_HUB_OFFLINE unset"
         ) from error
+    except ConnectionError as error:
+        # Of hf_xet, which first asks for what a Hub without Xet does not have.
+        advice = (
+            "a Hub without Xet takes uploads with HF_HUB_DISABLE_XET=1"
+            if "xet-write-token" in str(error)
+            else "the same command goes on where this one stopped"
+        )
+        raise HubError(f"{repo_id}: {one_line(error)}; {advice}") from error
     except RuntimeError as error:
         # What the client makes of a transfer that broke.
         raise HubError(

@@ -28,6 +28,8 @@ from compressed_tensors.quantization import (
 )
 from transformers import CompressedTensorsConfig
 
+pytestmark = pytest.mark.usefixtures("no_kernels")
+
 LINEAR = "model.layers.1.mlp.up_proj"
 
 

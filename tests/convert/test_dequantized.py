@@ -21,6 +21,8 @@ from tests.builders import put, replace, rewrite_tensors
 from tests.conftest import Recorder, save_random
 from tests.quantize.test_families import DENSE, EXPERTS, quantize
 
+pytestmark = pytest.mark.usefixtures("no_kernels")
+
 LOAD_WITHOUT_TACQ = """
 import sys, torch
 from safetensors.torch import load_file, save_file

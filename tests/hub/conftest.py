@@ -5,15 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from tacq_vllm.format.checkpoint import WEIGHTS_NAME, CheckpointWriter
-from tests.hub_server import TOKEN, Hub, hub_server
+from tests.builders import save_sharded
+from tests.hub_server import TOKEN, Hub
 
 _COMMANDS = """
 import json, sys
@@ -42,26 +41,15 @@ Tacq = Callable[..., list[Outcome]]
 @pytest.fixture(scope="session")
 def sharded(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny checkpoint in several shards; tests leave it as it is."""
-    folder = tmp_path_factory.mktemp("sharded") / "tiny-TaCQ-w3"
-    ignore = shutil.ignore_patterns(WEIGHTS_NAME)
-    shutil.copytree(tiny_checkpoint, folder, ignore=ignore)
-    writer = CheckpointWriter(folder, max_shard_bytes=20_000)
-    for name, tensor in load_file(tiny_checkpoint / WEIGHTS_NAME).items():
-        writer.add(name, tensor)
-    writer.close()
-    return folder
+    return save_sharded(
+        tiny_checkpoint, tmp_path_factory.mktemp("sharded") / "tiny-TaCQ-w3"
+    )
 
 
 @pytest.fixture
 def copy(sharded: Path, tmp_path: Path) -> Path:
     """A copy of the sharded checkpoint to change."""
     return Path(shutil.copytree(sharded, tmp_path / "tiny-TaCQ-w3"))
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with hub_server() as server:
-        yield server
 
 
 @pytest.fixture

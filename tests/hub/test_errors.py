@@ -14,6 +14,11 @@ from tacq_vllm.hub.errors import HubError, hub_errors
             "org/x: Error while uploading 'a' to the Hub. The same command goes on "
             "where this one stopped",
         ),
+        (
+            ConnectionError("Network error: reset"),
+            "org/x: Network error: reset; the same command goes on where this one "
+            "stopped",
+        ),
         (TimeoutError(), "org/x: TimeoutError"),
     ],
 )

@@ -16,9 +16,23 @@ import torch
 from transformers import AutoModelForCausalLM
 import tacq_vllm.integrations.transformers
 tokens = torch.arange(24).view(2, 12)
-models = [AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[1:]]
+# Kernels for float32 take less time to compile.
+options = {"dtype": torch.float32}
+models = [AutoModelForCausalLM.from_pretrained(n, **options) for n in sys.argv[1:]]
 local, pulled = (model(tokens).logits for model in models)
 print(torch.equal(local, pulled), local.shape, models[1].is_quantized)
+"""
+
+REFUSALS = """
+import sys
+from transformers import AutoModelForCausalLM
+import tacq_vllm.integrations.transformers
+for name in sys.argv[1:]:
+    repo_id, _, revision = name.partition("@")
+    try:
+        AutoModelForCausalLM.from_pretrained(repo_id, revision=revision or "main")
+    except OSError as error:
+        print(*str(error).split())
 """
 
 
@@ -95,13 +109,16 @@ def test_a_fault_is_named_by_its_file(hub: Hub, tacq: Tacq, sharded: Path) -> No
     hub.add("org/lost", {name: files[name] for name in files if name != shard})
     hub.add("org/empty", {name: files[name] for name in files if name != INDEX_NAME})
 
-    inspected = tacq(*(["inspect", f"org/{name}"] for name in ("cut", "long", "lost")))
-    verified = tacq(*(["verify", f"org/{name}"] for name in ("cut", "long", "lost")))
-    (empty,) = tacq(["inspect", "org/empty"])
+    names = ("org/cut", "org/long", "org/lost")
+    *outcomes, empty = tacq(
+        *(["inspect", name] for name in names),
+        *(["verify", name] for name in names),
+        ["inspect", "org/empty"],
+    )
 
     for refused, found, reason in zip(
-        inspected,
-        verified,
+        outcomes[:3],
+        outcomes[3:],
         ["truncated or not", "truncated or not", "the file is missing"],
         strict=True,
     ):
@@ -156,21 +173,31 @@ def test_a_hub_that_is_not_there(tacq: Tacq) -> None:
 
 
 def test_transformers_computes_the_same(
-    environment: dict[str, str], pushed: str, sharded: Path
-) -> None:
-    result = run_python(LOGITS, environment, str(sharded), pushed)
-
-    assert result.stdout == "True torch.Size([2, 12, 128]) True\n"
-
-
-def test_transformers_offline(
     hub: Hub, environment: dict[str, str], pushed: str, sharded: Path
 ) -> None:
-    run_python(LOGITS, environment, str(sharded), pushed)
+    """Also from the cache alone."""
+    online = run_python(LOGITS, environment, str(sharded), pushed)
     earlier = len(hub.requests)
 
     offline = environment | {"HF_HUB_OFFLINE": "1"}
-    result = run_python(LOGITS, offline, str(sharded), pushed)
+    again = run_python(LOGITS, offline, str(sharded), pushed)
 
-    assert result.stdout.startswith("True ")
+    assert online.stdout == "True torch.Size([2, 12, 128]) True\n"
+    assert again.stdout == online.stdout
     assert len(hub.requests) == earlier
+
+
+def test_transformers_names_what_is_not_there(
+    hub: Hub, environment: dict[str, str], pushed: str
+) -> None:
+    hub.add("org/hidden", {"config.json": b"{}"}, private=True)
+    names = ["org/hidden", "org/nowhere", f"{pushed}@v9"]
+
+    result = run_python(REFUSALS, environment | {"HF_TOKEN": ""}, *names)
+
+    hidden, missing, revision = result.stdout.splitlines()
+    unseen = "is not a local folder and is not a valid model identifier"
+    assert hidden.startswith(f"org/hidden {unseen}")
+    assert "make sure to pass a token" in hidden
+    assert missing.startswith(f"org/nowhere {unseen}")
+    assert revision.startswith("v9 is not a valid git identifier")

@@ -243,6 +243,18 @@ def test_without_a_token(hub: Hub, tacq: Tacq, sharded: Path) -> None:
     assert "org/nobody" not in hub.repos
 
 
+def test_a_hub_without_xet(hub: Hub, tacq: Tacq, sharded: Path) -> None:
+    pytest.importorskip("hf_xet", reason="uploads go by LFS")
+
+    (outcome,) = tacq(["push", sharded, "org/plain"], HF_HUB_DISABLE_XET="0")
+
+    *_, line = outcome.stderr.splitlines()
+    assert outcome.exit_code == 2
+    assert line.startswith("tacq: org/plain: ")
+    assert line.endswith("; a Hub without Xet takes uploads with HF_HUB_DISABLE_XET=1")
+    assert hub.repos["org/plain"].files().keys() == {".gitattributes"}
+
+
 def test_a_card_that_is_edited_meanwhile(
     hub: Hub, environment: dict[str, str], sharded: Path
 ) -> None:

@@ -122,12 +122,16 @@ def test_pipeline(tiny_checkpoint: Path) -> None:
 def test_one_import_registers_however_often(tiny_checkpoint: Path) -> None:
     script = f"""
 import importlib, sys
+import torch
 import tacq_vllm.integrations.transformers as integration
 from transformers import AutoModelForCausalLM
 
 importlib.reload(integration)
 integration.register()
-model = AutoModelForCausalLM.from_pretrained({str(tiny_checkpoint)!r})
+# Kernels for float32 take less time to compile.
+model = AutoModelForCausalLM.from_pretrained(
+    {str(tiny_checkpoint)!r}, dtype=torch.float32
+)
 assert model.is_quantized
 assert "vllm" not in sys.modules
 assert type(model.model.layers[0].mlp.up_proj).__name__ == "TacqLinear"
