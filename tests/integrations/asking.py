@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_prompts() -> list[list[int]]:
-    """Prompts of random tokens: one token, a few, more than a sliding window."""
+    """20 prompts of random tokens: one token, a few, more than a sliding window."""
     generator = torch.Generator().manual_seed(0)
     return [
         torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
-        for length in range(1, 37, 3)
+        for length in range(1, 41, 2)
     ]
 
 

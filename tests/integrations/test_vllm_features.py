@@ -32,6 +32,15 @@ SAME_TOKENS: dict[str, dict[str, Any]] = {
     },
 }
 
+ON_A_GPU: dict[str, dict[str, Any]] = {
+    "compilation and CUDA graphs": {"enforce_eager": False},
+    "CPU offload": {"cpu_offload_gb": 1},
+}
+HAS_GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")
+needs_cpu = pytest.mark.skipif(HAS_GPU, reason="is about vLLM on a CPU")
+HAS_FP8_CACHE = HAS_GPU or torch.cpu._is_avx512_supported()
+
 
 @pytest.fixture(scope="module")
 def checkpoint(family_checkpoint: FamilyCheckpoint) -> Path:
@@ -91,28 +100,54 @@ def test_reloaded_weights(
     assert answer.tokens == expected
 
 
-def test_a_lora_adapter(
-    serve: Worker, checkpoint: Path, expected: list[list[int]], tmp_path: Path
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("feature", ON_A_GPU)
+def test_the_same_tokens_on_a_gpu(
+    serve: Worker, checkpoint: Path, expected: list[list[int]], feature: str
 ) -> None:
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    torch.manual_seed(0)
-    # Random from the start, so that it changes something.
-    config = peft.LoraConfig(
-        r=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
-    )
-    adapted = peft.get_peft_model(model.dequantize(), config)
-    adapted.save_pretrained(tmp_path)
+    assert serve(checkpoint, **ON_A_GPU[feature]).tokens == expected
 
-    answer = serve.ask(
-        "generate",
-        checkpoint,
-        {"enable_lora": True, "max_lora_rank": 8},
-        adapter=str(tmp_path),
-    )
 
-    assert answer.tokens == greedy_tokens(adapted)
-    assert answer.tokens != expected
+@pytest.mark.gpu
+@needs_gpu
+def test_sleep_and_wake(
+    serve: Worker, checkpoint: Path, expected: list[list[int]]
+) -> None:
+    answer = serve.ask("generate", checkpoint, {"enable_sleep_mode": True}, sleeps=True)
+
+    assert answer.tokens == expected
+
+
+@needs_cpu
+def test_sleep_is_refused_on_a_cpu(serve: Worker, checkpoint: Path) -> None:
+    answer = serve(checkpoint, enable_sleep_mode=True)
+
+    assert answer.code != 0
+    assert "Sleep mode is not supported on current platform" in answer.log
+
+
+@pytest.mark.skipif(not HAS_FP8_CACHE, reason="needs a GPU or AVX-512")
+def test_an_fp8_cache(
+    serve: Worker, checkpoint: Path, expected: list[list[int]]
+) -> None:
+    tokens = serve(checkpoint, kv_cache_dtype="fp8").tokens
+
+    pairs = [
+        (new, old)
+        for answer, exact in zip(tokens, expected, strict=True)
+        for new, old in zip(answer, exact, strict=True)
+    ]
+    # Rounded keys and values change some tokens, and those after them.
+    assert sum(new == old for new, old in pairs) > len(pairs) / 4
+
+
+@pytest.mark.skipif(HAS_FP8_CACHE, reason="there is a GPU or AVX-512")
+def test_an_fp8_cache_is_refused(serve: Worker, checkpoint: Path) -> None:
+    answer = serve(checkpoint, kv_cache_dtype="fp8")
+
+    assert answer.code != 0
+    assert "FP8 KV cache on CPU requires x86 with AVX-512 or AMX" in answer.log
 
 
 def test_sharded_state_is_refused(serve: Worker, checkpoint: Path) -> None:
@@ -123,8 +158,29 @@ def test_sharded_state_is_refused(serve: Worker, checkpoint: Path) -> None:
     assert "--load-format sharded_state is not supported" in line
 
 
-def test_sleep_is_refused_on_a_cpu(serve: Worker, checkpoint: Path) -> None:
-    answer = serve(checkpoint, enable_sleep_mode=True)
+def test_a_lora_adapter(
+    serve: Worker, checkpoint: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    """Made on the packed model, it does what it does on the dequantized one."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    from tacq_vllm.integrations.peft import with_packed_linears
 
-    assert answer.code != 0
-    assert "Sleep mode is not supported on current platform" in answer.log
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    torch.manual_seed(0)
+    # Random from the start, so that it changes something.
+    config = peft.LoraConfig(
+        r=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    )
+    peft.get_peft_model(model, with_packed_linears(config)).save_pretrained(tmp_path)
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(dense.dequantize(), tmp_path)
+
+    answer = serve.ask(
+        "generate",
+        checkpoint,
+        {"enable_lora": True, "max_lora_rank": 8},
+        adapter=str(tmp_path),
+    )
+
+    assert answer.tokens == greedy_tokens(adapted)
+    assert answer.tokens != expected

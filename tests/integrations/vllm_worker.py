@@ -22,6 +22,7 @@ def generate(
     answers: str,
     adapter: str | None = None,
     reloads: bool = False,
+    sleeps: bool = False,
 ) -> None:
     """Write the new tokens of each prompt to a file."""
     if options.get("tensor_parallel_size") == 2:
@@ -32,6 +33,9 @@ def generate(
     model = open_model(folder, options)
     if reloads:
         model.collective_rpc("reload_weights")
+    if sleeps:
+        model.sleep()
+        model.wake_up()
     outputs = model.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True),
@@ -55,10 +59,11 @@ def embed(
 
 
 def open_model(folder: str, options: dict[str, Any]) -> Any:
-    """The model, in float32."""
+    """The model, in float32 and not compiled, unless the options say otherwise."""
     from vllm import LLM
 
-    return LLM(folder, dtype="float32", enforce_eager=True, max_model_len=64, **options)
+    usual = {"dtype": "float32", "enforce_eager": True, "max_model_len": 64}
+    return LLM(folder, **usual | options)
 
 
 def main() -> None:
