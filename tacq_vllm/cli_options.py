@@ -1,0 +1,40 @@
+"""Options that several commands have."""
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DeviceOption(StrEnum):
+    """Values of --device."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class InputError(ValueError):
+    """Options that do not fit the machine or each other."""
+
+
+def torch_device(option: DeviceOption) -> "torch.device":
+    """The device to compute on.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if option is DeviceOption.cuda and not available:
+        raise InputError("--device cuda, but PyTorch sees no CUDA device")
+    use_cuda = available and option is not DeviceOption.cpu
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def split_names(option: str) -> list[str]:
+    """The names of a list with commas, each once."""
+    names = (part.strip() for part in option.split(","))
+    return list(dict.fromkeys(name for name in names if name))
