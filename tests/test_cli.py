@@ -34,6 +34,7 @@ TACQ = Path(sys.executable).parent / "tacq"
 COMMANDS = [
     "quantize",
     "evaluate",
+    "compare",
     "inspect",
     "verify",
     "push",

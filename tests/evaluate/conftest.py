@@ -20,12 +20,17 @@ from tests.data.conftest import LINES, SCHEMAS
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of every named set, with a database of dogs."""
-    folder = tmp_path_factory.mktemp("evaluation")
+    """A folder of every named set; tests change copies of it only."""
+    return make_data(tmp_path_factory.mktemp("evaluation"))
+
+
+def make_data(folder: Path) -> Path:
+    """Fill a folder with every named set, and a database of dogs."""
     for name, rows in LINES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_lines(folder / name, rows)
-    write_lines(folder / "c4/c4_segments.jsonl", [{"text": make_text(40)}] * 4)
+    texts = [{"text": f"{word} {make_text(40)}"} for word in "river city song".split()]
+    write_lines(folder / "c4/c4_segments.jsonl", texts)
     (folder / "spider/schemas.json").write_text(json.dumps(SCHEMAS))
     make_database(folder / "spider/database/dogs/dogs.sqlite")
     (folder / "wikitext2").mkdir()

@@ -169,7 +169,6 @@ def test_evaluating_needs_no_vllm() -> None:
     code = (
         "import sys; sys.modules['vllm'] = None\n"
         "import tacq_vllm.evaluate.backends, tacq_vllm.evaluate.evaluation\n"
-        "import tacq_vllm.evaluate.transformers_runner\n"
     )
 
     subprocess.run([sys.executable, "-c", code], check=True)

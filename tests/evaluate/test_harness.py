@@ -10,9 +10,8 @@ from tacq_vllm.evaluate.harness.tasks import harness_values
 
 
 def test_mmlu_takes_the_likeliest_letter() -> None:
-    items = [
-        Item(f"{n}\nAnswer:", f" {letter}", "art") for n, letter in enumerate("ABD")
-    ]
+    right = ("A", "B", "D")
+    items = [Item(f"{n}\nAnswer:", f" {a}", "art") for n, a in enumerate(right)]
     runner = Parrot()
 
     values = harness_values(Questions.spread("mmlu", items, None), respond(runner))
