@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tacq_vllm import cli_compare, cli_convert, cli_evaluate, cli_show
-from tacq_vllm.cli_options import DeviceOption, InputError, torch_device
+from tacq_vllm.cli_options import DataRoot, DeviceOption, InputError, torch_device
 from tacq_vllm.terminal import err, open_listener
 
 app = typer.Typer(
@@ -108,10 +108,7 @@ def quantize(
             "file; may be repeated."
         ),
     ] = None,
-    data_root: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the named sets' files; without it: the Hub."),
-    ] = None,
+    data_root: DataRoot = None,
     num_samples: Annotated[int | None, typer.Option(help="Token windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,

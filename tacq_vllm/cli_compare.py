@@ -5,8 +5,14 @@ from typing import Annotated
 
 import typer
 
-from tacq_vllm.cli_evaluate import DataRoot, Limit, MaxLength, Tasks, Window
-from tacq_vllm.cli_options import DeviceOption, InputError, split_names, torch_device
+from tacq_vllm.cli_evaluate import Limit, MaxLength, Tasks, Window
+from tacq_vllm.cli_options import (
+    DataRoot,
+    DeviceOption,
+    InputError,
+    split_names,
+    torch_device,
+)
 from tacq_vllm.terminal import open_listener
 
 

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tacq_vllm.cli_options import DeviceOption, InputError, split_names, torch_device
+from tacq_vllm.cli_options import (
+    DataRoot,
+    DeviceOption,
+    InputError,
+    split_names,
+    torch_device,
+)
 from tacq_vllm.terminal import open_listener
 
 if TYPE_CHECKING:
@@ -42,10 +48,6 @@ Limit = Annotated[
 Window = Annotated[int, typer.Option(min=2, help="Tokens of a window of text.")]
 MaxLength = Annotated[
     int, typer.Option(min=2, help="Tokens of a prompt and its answer; more is cut.")
-]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the named sets' files; without it: the Hub."),
 ]
 
 

@@ -1,10 +1,19 @@
 """Options that several commands have."""
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 if TYPE_CHECKING:
     import torch
+
+
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the named sets' files; without it: the Hub."),
+]
 
 
 class DeviceOption(StrEnum):
