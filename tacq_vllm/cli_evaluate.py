@@ -104,6 +104,8 @@ def evaluate(
     from tacq_vllm.quantize.progress import Progress
     from tacq_vllm.scores import read_scores_file
 
+    if backend is BackendOption.vllm and (dequantize or device != DeviceOption.auto):
+        raise InputError("--dequantize and --device: each is for --backend hf")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise InputError(f"--json {json_file}: there is no such folder")
     protocol = Protocol(data_root=data_root, limit=limit, window=window)

@@ -38,7 +38,11 @@ class Backend:
     @property
     def settings(self) -> dict[str, str]:
         """What scores that are compared must have in common."""
-        return {"backend": self.engine, "dtype": self.dtype}
+        return {
+            "backend": self.engine,
+            "dtype": self.dtype,
+            "max_length": str(self.max_length),
+        }
 
 
 @contextmanager

@@ -30,11 +30,16 @@ class Questions:
         return cls(task, numbers, tuple(items[n] for n in numbers), limit)
 
     def score(
-        self, metric: str, values: Sequence[float], respondent: Respondent
+        self,
+        metric: str,
+        values: Sequence[float],
+        respondent: Respondent,
+        details: Sequence[str] = (),
     ) -> Score:
         """The mean over the items, of one value each, which are kept."""
         targets = [item.completion for item in self.items]
-        scores = map(ItemScore, self.numbers, values, targets)
+        told = details or [""] * len(values)
+        scores = map(ItemScore, self.numbers, values, targets, told)
         respondent.record(self.task, metric, scores)
         mean = Mean.of(values)
         return Score(

@@ -23,6 +23,8 @@ class ItemScore:
     value: float
     target: str
     """What was to be said."""
+    detail: str = ""
+    """Why it has this value, where that is not plain."""
 
 
 class Respondent:

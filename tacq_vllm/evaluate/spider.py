@@ -52,14 +52,15 @@ def execution_accuracy(
         for item in questions.items
     ]
     answers = respondent.texts(questions.task, questions.numbers, asked)
-    values = _judge(questions, databases, answers)
-    return [questions.score("execution_accuracy", values, respondent)]
+    verdicts = _judge(questions, databases, answers)
+    values = [float(verdict == "right") for verdict in verdicts]
+    return [questions.score("execution_accuracy", values, respondent, verdicts)]
 
 
 def _judge(
     questions: Questions, databases: dict[str, Path], answers: Sequence[str]
-) -> list[float]:
-    values = []
+) -> list[str]:
+    verdicts = []
     with Judge(_QUERY_SECONDS) as judge:
         for item, answer in zip(questions.items, answers, strict=True):
             database = databases[item.group]
@@ -68,5 +69,5 @@ def _judge(
                 raise EvaluateError(
                     f"spider: {database}: {item.completion!r} {verdict[6:]}"
                 )
-            values.append(float(verdict == "right"))
-    return values
+            verdicts.append(verdict)
+    return verdicts

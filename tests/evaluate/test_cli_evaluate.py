@@ -59,12 +59,15 @@ def test_every_task_beside_the_16_bit_model(
         "model": "scored",
         "backend": "hf",
         "dtype": "float32",
+        "max_length": "4096",
         "data": "folder",
         "window": "64",
     }
     assert {"lm-eval", "tacq-vllm", "torch"} <= written.versions.keys()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {line["model"] for line in lines} == {"scored", "tiny-llama"}
+    judged = [line for line in lines if line.get("metric") == "execution_accuracy"]
+    assert all(line["detail"].startswith("fails: ") for line in judged)
     assert "| wikitext2, limit 3 | perplexity |" in result.stdout
     assert "| 0.25 |" in result.stdout
 
@@ -124,6 +127,16 @@ def test_the_loss_alone_needs_no_harness_and_no_database(
         ("wikitext2", ["--window", 90, "--max-length", 80], "more than the 80"),
         ("wikitext2", ["--data-root", "nowhere"], "nowhere/wikitext2/test.txt: no"),
         ("wikitext2", ["--json", "nowhere/x.json"], "there is no such folder"),
+        (
+            "wikitext2",
+            ["--backend", "vllm", "--dequantize"],
+            "each is for --backend hf",
+        ),
+        (
+            "wikitext2",
+            ["--backend", "vllm", "--device", "cpu"],
+            "each is for --backend hf",
+        ),
         ("wikitext2", ["--baseline", "nowhere.json"], "nowhere.json"),
         ("wikitext2", ["--baseline", "nowhere/x"], "nowhere/x: cannot be loaded"),
     ],
