@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -29,6 +30,17 @@ class Row(BaseModel):
     machine: dict[str, str] = Field({}, description="Where it was measured, and when.")
     seconds: dict[str, float] = Field({}, description="Of each phase of quantizing.")
     peak_bytes: int | None = Field(None, description="Most memory in use at once.")
+
+    def extended(self, new: Self) -> Self:
+        """With the tasks of the same model that were measured later."""
+        scores = {(s.task, s.metric): s for s in (*self.scores, *new.scores)}
+        return self.model_copy(
+            update={
+                "scores": tuple(scores.values()),
+                "tasks": self.tasks + new.tasks,
+                "versions": self.versions | new.versions,
+            }
+        )
 
     def score(self, task: str, metric: str) -> Score | None:
         """The score of a task, if there is one."""

@@ -91,13 +91,7 @@ class Comparison:
         else:
             new = self._measure(cell, tasks, path.stem, progress)
         if row is not None:
-            new = row.model_copy(
-                update={
-                    "scores": row.scores + new.scores,
-                    "tasks": row.tasks + new.tasks,
-                    "versions": row.versions | new.versions,
-                }
-            )
+            new = row.extended(new)
         write_row(path, new)
         return new
 
@@ -169,7 +163,11 @@ class Comparison:
             size = "row" if cell.group_size == -1 else f"g{cell.group_size}"
             source = Path(cell.calibration).name
             words = f"{cell.method}-w{cell.bits}-{size}-{source}-s{cell.seed}"
-        depends = {"settings": self.settings, "recipe": recipe}
+        depends = {
+            "model": self.base.name,
+            "settings": self.settings,
+            "recipe": recipe,
+        }
         return f"{words}-{fingerprint(depends)[:8]}"
 
 

@@ -25,6 +25,9 @@ from tacq_vllm.evaluate.runner import Continuation, Likelihood, Prompt, cut_at_s
 _BATCH = 8
 """Prompts that are continued together."""
 
+_PADDING = 0
+"""Any token: the mask hides it, or the text ends before."""
+
 
 class TransformersRunner:
     """A loaded model; see `open_transformers`.
@@ -78,11 +81,12 @@ class TransformersRunner:
         self, prompts: list[tuple[int, ...]], max_tokens: int, stops: tuple[str, ...]
     ) -> list[str]:
         length = max(map(len, prompts))
-        tokens = torch.zeros(len(prompts), length, dtype=torch.int64)
+        tokens = torch.full((len(prompts), length), _PADDING)
         mask = torch.zeros_like(tokens)
         for row, prompt in enumerate(prompts):
             tokens[row, length - len(prompt) :] = torch.tensor(prompt)
             mask[row, length - len(prompt) :] = 1
+        ends = self._model.generation_config.eos_token_id
         out = self._model.generate(
             tokens.to(self._model.device),
             attention_mask=mask.to(self._model.device),
@@ -90,12 +94,18 @@ class TransformersRunner:
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=max_tokens,
-                eos_token_id=self._model.generation_config.eos_token_id,
-                pad_token_id=0,
+                eos_token_id=ends,
+                pad_token_id=_PADDING,
             ),
             stopping_criteria=[_Stops(self.tokenizer, stops, length)],
         )
-        decoded = self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        ids = {ends} if isinstance(ends, int) else set(ends or ())
+        # What follows the end is padding.
+        new = [
+            list(takewhile(lambda token: token not in ids, row))
+            for row in out[:, length:].tolist()
+        ]
+        decoded = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [cut_at_stop(text, stops) for text in decoded]
 
 

@@ -75,6 +75,23 @@ def test_groups_and_metrics() -> None:
     assert metrics_of(ROWS) == [("c4", "perplexity"), ("mmlu", "accuracy")]
 
 
+def test_a_row_gets_more_tasks() -> None:
+    later = Row(
+        model="m",
+        scores=(
+            Score(task="mmlu", metric="accuracy", value=0.5),
+            Score(task="gsm8k", metric="loss", value=1.0),
+        ),
+        tasks=("mmlu", "gsm8k-loss"),
+    )
+
+    row = BASE.extended(later)
+
+    values = [(score.task, score.value) for score in row.scores]
+    assert values == [("c4", 20.0), ("mmlu", 0.5), ("gsm8k", 1.0)]
+    assert row.tasks == ("mmlu", "gsm8k-loss")
+
+
 def test_rows_on_disk(tmp_path: Path) -> None:
     write_row(tmp_path / "rows" / "a.json", ROWS[0])
     write_results(tmp_path / "results.json", ROWS)

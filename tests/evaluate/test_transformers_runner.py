@@ -109,6 +109,21 @@ def test_a_stop_ends_a_text_and_is_not_part_of_it(tiny_model: Path) -> None:
     assert stop not in text
 
 
+def test_a_text_ends_with_the_token_that_ends_it(tiny_model: Path) -> None:
+    runner = opened(tiny_model)
+    prompts = [Prompt(one.context, 8, ()) for one in random_continuations()]
+    whole = [text.split() for text in runner.texts(prompts)]
+    vocabulary = runner.tokenizer.get_vocab()
+    end = whole[0][2]
+    runner._model.generation_config.eos_token_id = [2, vocabulary[end]]
+
+    texts = list(runner.texts(prompts))
+
+    expected = [words[: words.index(end)] if end in words else words for words in whole]
+    assert [text.split() for text in texts] == expected
+    assert expected != whole
+
+
 def test_the_first_of_several_stops_counts() -> None:
     assert cut_at_stop("one; two\n\nthree", ("\n\n", ";")) == "one"
     assert cut_at_stop("one", ("\n\n", ";")) == "one"
