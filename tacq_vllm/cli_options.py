@@ -9,11 +9,14 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-
 DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder of the named sets' files; without it: the Hub."),
 ]
+
+
+class InputError(ValueError):
+    """Options that do not fit the machine, or each other."""
 
 
 class DeviceOption(StrEnum):
@@ -24,15 +27,11 @@ class DeviceOption(StrEnum):
     cuda = "cuda"
 
 
-class InputError(ValueError):
-    """Options that do not fit the machine or each other."""
-
-
 def torch_device(option: DeviceOption) -> "torch.device":
-    """The device to compute on.
+    """The device that is meant.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: this machine has no such device.
     """
     import torch
 
