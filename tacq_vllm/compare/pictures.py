@@ -1,6 +1,6 @@
 """Pictures of a comparison; they need the extra `plots`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tacq_vllm.compare.table import Group, Metric, group_rows, metric_name, metr
 from tacq_vllm.scores import LOWER_IS_BETTER
 
 _DPI = 120
+_COLUMNS = 4
 
 
 def draw_pictures(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -28,13 +29,18 @@ def draw_pictures(rows: Sequence[Row], folder: Path) -> list[Path]:
     groups, metrics = group_rows(rows), metrics_of(rows)
     cells = [group for group in groups if group.setting]
     losses = [metric for metric in metrics if metric[1] in LOWER_IS_BETTER]
+    # Of a setting, more than one choice of kept weights; of a kind, of calibration.
+    kept = [group for group in cells if group.method in SALIENCIES]
+    chosen = _of_several(kept, _setting_name, lambda group: group.method)
+    conditioned = _of_several(cells, _kind, _calibration)
     figures: dict[str, Figure] = {}
     if cells:
         figures["bits"] = _draw_bits(groups, metrics)
-    if len({g.method for g in cells if g.method in SALIENCIES}) > 1 and losses:
-        figures["saliency"] = _draw_saliency(cells, losses)
-    if len({_calibration(group) for group in cells}) > 1:
-        figures["recovery"] = _draw_recovery(cells, metrics)
+    if chosen and losses:
+        plain = [group for group in cells if group.method == "gptq"]
+        figures["saliency"] = _draw_saliency(plain + chosen, chosen, losses)
+    if conditioned:
+        figures["recovery"] = _draw_recovery(conditioned, metrics)
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
@@ -46,17 +52,17 @@ def _draw_bits(groups: Sequence[Group], metrics: Sequence[Metric]) -> Figure:
     """Score against effective bits: a line a method, a part a metric."""
     figure, parts = _figure(len(metrics))
     cells = [group for group in groups if group.setting]
-    several = len({_calibration(group) for group in cells}) > 1
+    names = list(dict.fromkeys(map(_line_name, cells)))
     for axes, metric in zip(parts, metrics, strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for group in cells:
-            value = group.value(metric)
-            suffix = f", {_calibration(group)}" if several else ""
-            if value is not None:
-                point = (group.effective_bits, value)
-                lines.setdefault(group.method + suffix, []).append(point)
-        for name, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        for number, name in enumerate(names):
+            points = sorted(
+                (group.effective_bits, value)
+                for group in cells
+                if _line_name(group) == name
+                and (value := group.value(metric)) is not None
+            )
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axes.plot(x, y, marker="o", color=f"C{number}", label=name)
         for group in groups:
             value = group.value(metric)
             if not group.setting and value is not None:
@@ -64,39 +70,39 @@ def _draw_bits(groups: Sequence[Group], metrics: Sequence[Metric]) -> Figure:
         if metric[1] == "perplexity":
             axes.set_yscale("log")
         axes.set(xlabel="effective bits", title=metric_name(metric))
-    parts[-1].legend(fontsize="small")
+    _add_legend(figure, parts[0])
     return figure
 
 
-def _draw_saliency(cells: Sequence[Group], metrics: Sequence[Metric]) -> Figure:
-    """Loss by what chooses the kept weights: a group of bars a setting."""
+def _draw_saliency(
+    groups: Sequence[Group], chosen: Sequence[Group], metrics: Sequence[Metric]
+) -> Figure:
+    """Loss by what chooses the kept weights: bars side by side for each setting."""
     figure, parts = _figure(len(metrics))
-    chosen = [g for g in cells if g.method in (*SALIENCIES, "gptq")]
-    settings = list(dict.fromkeys(group.setting[:-1] for group in chosen))
-    methods = list(dict.fromkeys(group.method for group in chosen))
+    settings = list(dict.fromkeys(map(_setting_name, chosen)))
+    methods = list(dict.fromkeys(group.method for group in groups))
     width = 0.8 / len(methods)
     for axes, metric in zip(parts, metrics, strict=True):
         for number, method in enumerate(methods):
             values = {
-                group.setting[:-1]: group.value(metric)
-                for group in chosen
+                _setting_name(group): group.value(metric)
+                for group in groups
                 if group.method == method
             }
             heights = [values.get(setting) or np.nan for setting in settings]
             places = np.arange(len(settings)) + number * width
             axes.bar(places, heights, width, label=method)
         middle = np.arange(len(settings)) + (len(methods) - 1) * width / 2
-        labels = [_setting_name(*setting) for setting in settings]
-        axes.set_xticks(middle, labels, rotation=30, ha="right")
+        axes.set_xticks(middle, [name.replace(", ", "\n") for name in settings])
         axes.set_title(metric_name(metric))
-    parts[-1].legend(fontsize="small")
+    _add_legend(figure, parts[0])
     return figure
 
 
 def _draw_recovery(cells: Sequence[Group], metrics: Sequence[Metric]) -> Figure:
     """Recovery by task and calibration set: a part a method and its bits."""
-    kinds = list(dict.fromkeys(_kind(group) for group in cells))
-    sources = list(dict.fromkeys(_calibration(group) for group in cells))
+    kinds = list(dict.fromkeys(map(_kind, cells)))
+    sources = list(dict.fromkeys(map(_calibration, cells)))
     figure, parts = _figure(len(kinds))
     for axes, kind in zip(parts, kinds, strict=True):
         shares = np.full((len(sources), len(metrics)), np.nan)
@@ -106,31 +112,62 @@ def _draw_recovery(cells: Sequence[Group], metrics: Sequence[Metric]) -> Figure:
                 for column, metric in enumerate(metrics):
                     recovery = group.recovery(metric)
                     shares[row, column] = np.nan if recovery is None else recovery
-        axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=100)
+        axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=150)
         for (row, column), share in np.ndenumerate(shares):
             if np.isfinite(share):
-                axes.text(column, row, f"{share:.0f} %", ha="center", color="white")
+                axes.text(column, row, f"{share:.0f} %", ha="center")
         names = [metric_name(metric) for metric in metrics]
-        axes.set_xticks(range(len(metrics)), names, rotation=30, ha="right")
+        axes.set_xticks(range(len(metrics)), names, rotation=20, ha="right")
         axes.set_yticks(range(len(sources)), sources)
         axes.set(ylabel="calibrated on", title=kind)
     return figure
 
 
+def _of_several(
+    groups: Sequence[Group],
+    key: Callable[[Group], str],
+    choice: Callable[[Group], str],
+) -> list[Group]:
+    """The groups with whose key there is more than one choice."""
+    choices: dict[str, set[str]] = {}
+    for group in groups:
+        choices.setdefault(key(group), set()).add(choice(group))
+    return [group for group in groups if len(choices[key(group)]) > 1]
+
+
 def _figure(parts: int) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(5 * parts, 4.5), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, parts)))
+    """An empty figure of parts, at most so many beside each other."""
+    columns = min(parts, _COLUMNS)
+    rows = -(-parts // columns)
+    figure = Figure(figsize=(5 * columns + 1, 4 * rows), layout="constrained")
+    axes = list(np.ravel(figure.subplots(rows, columns)))
+    for unused in axes[parts:]:
+        unused.set_axis_off()
+    return figure, axes[:parts]
+
+
+def _add_legend(figure: Figure, axes: Any) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
 
 
 def _calibration(group: Group) -> str:
     return str(group.setting[2])
 
 
+def _line_name(group: Group) -> str:
+    _, _, source, options, method = group.setting
+    return ", ".join(filter(None, (method, source, options)))
+
+
 def _kind(group: Group) -> str:
     bits, size, _, options, method = group.setting
-    return f"{method}, {_setting_name(bits, size, '', options)}"
+    return ", ".join(filter(None, (method, _grid_name(bits, size), options)))
 
 
-def _setting_name(bits: int, size: int, source: str, options: str) -> str:
-    parts = [f"{bits} bits", "rows" if size == -1 else f"groups of {size}"]
-    return ", ".join([*parts, *filter(None, (source, options))])
+def _setting_name(group: Group) -> str:
+    bits, size, source, options, _ = group.setting
+    return ", ".join(filter(None, (_grid_name(bits, size), source, options)))
+
+
+def _grid_name(bits: int, group_size: int) -> str:
+    return f"{bits} bits, {'rows' if group_size == -1 else f'groups of {group_size}'}"
