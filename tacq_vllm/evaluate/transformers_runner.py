@@ -123,10 +123,11 @@ class _Prefix:
     def logits(self, tokens: tuple[int, ...], count: int) -> Tensor:
         """What is predicted for the last tokens: float32 [count, vocabulary]."""
         shared = self._shared(tokens[:-count])
-        if shared:
-            self._cache.crop(shared)
-        else:
+        surplus = len(self._tokens) - shared
+        if shared == 0:
             self._cache = DynamicCache(config=self._model.config)
+        elif surplus:
+            self._cache.crop(-surplus)
         device = self._model.device
         output = self._model(
             torch.tensor([tokens[shared:-1]], device=device),
