@@ -8,16 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from tacq_vllm import cli_convert, cli_show
+from tacq_vllm import cli_compare, cli_convert, cli_evaluate, cli_show
+from tacq_vllm.cli_options import DataRoot, DeviceOption, InputError, torch_device
 from tacq_vllm.terminal import err, open_listener
-
-if TYPE_CHECKING:
-    import torch
-
 
 app = typer.Typer(
     name="tacq",
@@ -60,14 +57,6 @@ class SaliencyOption(StrEnum):
     grad = "grad"
     fisher = "fisher"
     magnitude = "magnitude"
-
-
-class DeviceOption(StrEnum):
-    """Values of --device."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 def main() -> None:
@@ -124,10 +113,7 @@ def quantize(
             "file; may be repeated."
         ),
     ] = None,
-    data_root: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the named sets' files; without it: the Hub."),
-    ] = None,
+    data_root: DataRoot = None,
     num_samples: Annotated[int | None, typer.Option(help="Token windows.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
@@ -164,7 +150,7 @@ def quantize(
         check_output(output)
         transformers_logging.disable_progress_bar()
         with (
-            open_world(_torch_device(device)) as (world, own_device),
+            open_world(torch_device(device)) as (world, own_device),
             open_workdir(work_dir, output, world) as folder,
             open_listener(world.leads) as listener,
         ):
@@ -288,15 +274,18 @@ def push(
 def _one_line_errors() -> Iterator[None]:
     """Bad input: one line that says what is wrong, exit code 2."""
     from tacq_vllm.config import RecipeError
+    from tacq_vllm.data.errors import DataError
+    from tacq_vllm.evaluate.errors import EvaluateError
     from tacq_vllm.format.schema import FormatError
     from tacq_vllm.hub.errors import HubError
     from tacq_vllm.quantize.errors import QuantizeError
     from tacq_vllm.scores import ScoresError
 
-    expected = (FormatError, RecipeError, QuantizeError, HubError, ScoresError)
+    ours = (FormatError, RecipeError, QuantizeError, HubError, ScoresError)
+    expected = (*ours, DataError, EvaluateError, InputError, OSError)
     try:
         yield
-    except (*expected, InputError, OSError) as error:
+    except expected as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         _fail(f"{error}: pip install 'tacq-vllm[quantize,plots]'")
@@ -306,25 +295,13 @@ def _one_line_errors() -> Iterator[None]:
 
 app.command("import")(_one_line_errors()(cli_convert.import_checkpoint))
 app.command("export")(_one_line_errors()(cli_convert.export_checkpoint))
-
-
-class InputError(ValueError):
-    """Options that do not fit the machine."""
+app.command("evaluate")(_one_line_errors()(cli_evaluate.evaluate))
+app.command("compare")(_one_line_errors()(cli_compare.compare))
 
 
 def _fail(message: str) -> None:
     err.print(f"tacq: {message}", style="red", highlight=False, markup=False)
     raise typer.Exit(2)
-
-
-def _torch_device(option: DeviceOption) -> "torch.device":
-    import torch
-
-    available = torch.cuda.is_available()
-    if option is DeviceOption.cuda and not available:
-        raise InputError("--device cuda, but PyTorch sees no CUDA device")
-    use_cuda = available and option is not DeviceOption.cpu
-    return torch.device("cuda" if use_cuda else "cpu")
 
 
 def _whole_checkpoint(checkpoint: str, revision: str | None) -> Path:

@@ -13,6 +13,10 @@ class ScoresError(ValueError):
     """A score file that cannot be read; the message says why."""
 
 
+LOWER_IS_BETTER = ("perplexity", "loss")
+"""Metrics; of all others, more is better."""
+
+
 class Score(BaseModel):
     """One figure that a task gave, beside that of the unquantized model."""
 
@@ -25,9 +29,21 @@ class Score(BaseModel):
     baseline: float | None = Field(
         None, description="Of the 16-bit model, by the same harness on the same items."
     )
+    chance: float | None = Field(
+        None, description="What answers drawn by lot would give, where that is known."
+    )
     limit: int | None = Field(
         None, ge=1, description="Items or windows, where not all were used."
     )
+
+    @property
+    def recovery(self) -> float | None:
+        """What is left of the 16-bit model's score, in percent; None without it."""
+        if self.baseline is None:
+            return None
+        parts = (self.value, self.baseline)
+        whole, part = parts if self.metric in LOWER_IS_BETTER else parts[::-1]
+        return 100 * part / whole if whole else None
 
 
 class Scores(BaseModel):
@@ -41,6 +57,9 @@ class Scores(BaseModel):
     versions: dict[str, str] = Field(
         description="Version of each package that took part, by its name."
     )
+    settings: dict[str, str] = Field(
+        {}, description="Model, engine and protocol: what the scores depend on."
+    )
 
 
 def read_scores(folder: Path) -> Scores | None:
@@ -50,8 +69,15 @@ def read_scores(folder: Path) -> Scores | None:
         ScoresError: the file is not what `Scores` describes.
     """
     path = folder / SCORES_NAME
-    if not path.is_file():
-        return None
+    return read_scores_file(path) if path.is_file() else None
+
+
+def read_scores_file(path: Path) -> Scores:
+    """Read a score file.
+
+    Raises:
+        ScoresError: the file is not what `Scores` describes.
+    """
     try:
         return Scores.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -31,7 +31,17 @@ from tests.conftest import make_chat_tokenizer
 from tests.convert.sources import save_gptq
 
 TACQ = Path(sys.executable).parent / "tacq"
-COMMANDS = ["quantize", "inspect", "verify", "push", "doctor", "import", "export"]
+COMMANDS = [
+    "quantize",
+    "evaluate",
+    "compare",
+    "inspect",
+    "verify",
+    "push",
+    "doctor",
+    "import",
+    "export",
+]
 
 
 def tacq(*arguments: str | Path) -> Result:

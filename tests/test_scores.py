@@ -41,3 +41,22 @@ def test_malformed_scores(tmp_path: Path, content: object, fault: str) -> None:
 
     assert fault in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "baseline", "recovery"),
+    [
+        ("perplexity", 40.0, 20.0, 50.0),
+        ("loss", 1.0, 1.25, 125.0),
+        ("accuracy", 0.3, 0.6, 50.0),
+        ("accuracy", 0.0, 0.5, 0.0),
+        ("accuracy", 0.5, 0.0, None),
+        ("accuracy", 0.5, None, None),
+    ],
+)
+def test_recovery(
+    metric: str, value: float, baseline: float | None, recovery: float | None
+) -> None:
+    score = Score(task="c4", metric=metric, value=value, baseline=baseline)
+
+    assert score.recovery == recovery

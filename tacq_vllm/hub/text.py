@@ -159,7 +159,7 @@ Both measured by `tacq evaluate`, with {_versions(scores.versions)}.
 
 
 def _score_row(score: Score) -> str:
-    task = score.task if score.limit is None else f"{score.task}, first {score.limit}"
+    task = score.task if score.limit is None else f"{score.task}, limit {score.limit}"
     error = "" if score.stderr is None else f" ± {score.stderr:.2g}"
     baseline = "" if score.baseline is None else f"{score.baseline:.4g}"
     return f"| {task} | {score.metric} | {score.value:.4g}{error} | {baseline} |"

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,9 +24,10 @@ from transformers import (
 )
 
 from tacq_vllm.config import StorageDtype
-from tacq_vllm.format.checkpoint import CONFIG_NAME, CheckpointWriter
+from tacq_vllm.format.checkpoint import CheckpointWriter
 from tacq_vllm.format.simulated import SIMULATED_KEY
 from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.source import ModelSource, locate_model
 from tacq_vllm.quantize.weights import WeightFiles, open_weights
 from tacq_vllm.quantize.workdir import WorkDir, fingerprint, staged_folder
 
@@ -38,7 +38,6 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 """Linears that choose experts: small, and never quantized."""
 
 _QUANTIZED_KEYS = ("quantization_config", SIMULATED_KEY)
-_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _CONVERTED_SHARD_BYTES = 2_000_000_000
 
 
@@ -192,20 +191,6 @@ class BaseModel:
                 parameters[leaf] = parameter
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a model's files lie."""
-
-    folder: Path
-    gguf: str | None = None
-
-    @property
-    def arguments(self) -> dict[str, str]:
-        """What Transformers' `from_pretrained` takes."""
-        gguf = {"gguf_file": self.gguf} if self.gguf else {}
-        return {"pretrained_model_name_or_path": str(self.folder), **gguf}
-
-
 def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseModel:
     """Open a Hub id, a local folder or a .gguf file.
 
@@ -216,7 +201,7 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
         QuantizeError: the model cannot be loaded or is quantized already.
     """
     try:
-        source = _locate(model)
+        source = locate_model(model)
         config = AutoConfig.from_pretrained(**source.arguments)
         if any(getattr(config, key, None) is not None for key in _QUANTIZED_KEYS):
             raise QuantizeError(f"{model}: already quantized; give the 16-bit model")
@@ -249,21 +234,8 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
     )
 
 
-def _locate(model: str) -> _Source:
-    path = Path(model)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise QuantizeError(f"{model}: no such file")
-        return _Source(path.absolute().parent, path.name)
-    if path.is_dir():
-        if not (path / CONFIG_NAME).is_file():
-            raise QuantizeError(f"{model}: the folder has no {CONFIG_NAME}")
-        return _Source(path.absolute())
-    return _Source(Path(snapshot_download(model, allow_patterns=_DOWNLOADED)))
-
-
 def _open_files(
-    source: _Source, skeleton: PreTrainedModel, workdir: WorkDir
+    source: ModelSource, skeleton: PreTrainedModel, workdir: WorkDir
 ) -> tuple[WeightFiles, WeightFiles]:
     """The files as published, and by the names of the modules."""
     if source.gguf:
@@ -288,7 +260,7 @@ def _open_files(
 
 
 def _convert(
-    source: _Source,
+    source: ModelSource,
     workdir: WorkDir,
     depends: dict[str, Any],
     arguments: dict[str, Any],

@@ -39,22 +39,22 @@ class Progress:
     """Times the phases of a run and tells them to a listener."""
 
     def __init__(self, listener: Listener | None = None) -> None:
-        self._listener = listener
+        self.listener = listener
         self.seconds: dict[str, float] = {}
         """Wall time of each finished phase."""
 
     def note(self, text: str) -> None:
         """Tell the user a line."""
-        if self._listener is not None:
-            self._listener.noted(text)
+        if self.listener is not None:
+            self.listener.noted(text)
 
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Phase]:
         """Run the body as a phase of `total` steps."""
-        if self._listener is not None:
-            self._listener.phase_started(name, total)
+        if self.listener is not None:
+            self.listener.phase_started(name, total)
         start = perf_counter()
-        yield Phase(name, self._listener)
+        yield Phase(name, self.listener)
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - start
-        if self._listener is not None:
-            self._listener.phase_finished(name, self.seconds[name])
+        if self.listener is not None:
+            self.listener.phase_finished(name, self.seconds[name])

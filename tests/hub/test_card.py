@@ -92,7 +92,7 @@ def test_scores_beside_those_in_16_bits(checkpoint_copy: Path) -> None:
     card = update(checkpoint_copy)
 
     assert "| wikitext2 | perplexity | 31.08 | 23.35 |\n" in card.text
-    assert "| gsm8k, first 100 | exact_match | 0.25 ± 0.04 | 0.31 |\n" in card.text
+    assert "| gsm8k, limit 100 | exact_match | 0.25 ± 0.04 | 0.31 |\n" in card.text
     assert "with tacq-vllm 0.1.0, torch 2.13.0." in card.text
     first, second = card.data.eval_results
     assert (first.dataset_type, first.metric_type) == ("wikitext2", "perplexity")

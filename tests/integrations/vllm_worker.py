@@ -58,6 +58,17 @@ def embed(
     Path(answers).write_text(json.dumps(vectors))
 
 
+def evaluate(
+    folder: str, options: dict[str, Any], prompts: list[list[int]], answers: str
+) -> None:
+    """Write the scores to a file; options are those of `tacq evaluate`."""
+    from tacq_vllm.cli import app
+
+    given = [f"--{name}={value}" for name, value in options.items()]
+    arguments = [folder, "--backend=vllm", f"--json={answers}", *given]
+    app(["evaluate", *arguments], standalone_mode=False)
+
+
 def open_model(folder: str, options: dict[str, Any]) -> Any:
     """The model, in float32 and not compiled, unless the options say otherwise."""
     from vllm import LLM
@@ -73,7 +84,7 @@ def main() -> None:
     os.dup2(2, 1)
     import vllm.v1.engine.llm_engine  # noqa: F401
 
-    functions = {f.__name__: f for f in (generate, embed)}
+    functions = {f.__name__: f for f in (generate, embed, evaluate)}
     fork = multiprocessing.get_context("fork")
     for line in sys.stdin:
         request = json.loads(line)

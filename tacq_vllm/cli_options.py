@@ -1,0 +1,48 @@
+"""Options that several commands have."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the named sets' files; without it: the Hub."),
+]
+
+
+class InputError(ValueError):
+    """Options that do not fit the machine, or each other."""
+
+
+class DeviceOption(StrEnum):
+    """Values of --device."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def torch_device(option: DeviceOption) -> "torch.device":
+    """The device that is meant.
+
+    Raises:
+        InputError: this machine has no such device.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if option is DeviceOption.cuda and not available:
+        raise InputError("--device cuda, but PyTorch sees no CUDA device")
+    use_cuda = available and option is not DeviceOption.cpu
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def split_names(option: str) -> list[str]:
+    """The names of a list with commas, each once."""
+    names = (part.strip() for part in option.split(","))
+    return list(dict.fromkeys(name for name in names if name))

@@ -1,0 +1,1 @@
+"""Many quantized models of one base model, scored on the same data."""

@@ -1,0 +1,104 @@
+"""Which models are compared: every combination of some choices."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from tacq_vllm.config import (
+    Method,
+    Recipe,
+    RecipeError,
+    SaliencyMetric,
+    override_recipe,
+)
+
+METHODS: tuple[str, ...] = get_args(Method)
+SALIENCIES: tuple[str, ...] = get_args(SaliencyMetric)
+
+
+class Cell(BaseModel):
+    """One quantized model of the matrix."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str = Field(
+        description="Of recipes, or the saliency with which `tacq` keeps weights."
+    )
+    bits: int = Field(description="Of a code.")
+    group_size: int = Field(description="Columns that share a scale; -1: the row.")
+    calibration: str = Field(description="What it is calibrated on.")
+    seed: int = Field(description="Of the calibration's sampling.")
+    options: str = Field(
+        "", description="Recipe fields set beyond that: `field=value`, with spaces."
+    )
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """All but the seed."""
+        source = Path(self.calibration).name
+        return (self.bits, self.group_size, source, self.options, self.method)
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """The recipe that makes it.
+
+        Raises:
+            RecipeError: the choices do not fit together.
+        """
+        is_method = self.method in METHODS
+        fields: dict[str, Any] = {
+            "method": self.method if is_method else "tacq",
+            "outliers.saliency": self.method if self.method in SALIENCIES else None,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "calibration.sources": [self.calibration],
+            "calibration.seed": self.seed,
+        }
+        for option in self.options.split():
+            name, _, value = option.partition("=")
+            fields[name] = yaml.safe_load(value)
+        try:
+            return override_recipe(base, fields)
+        except KeyError as error:
+            raise RecipeError(f"--option: recipes have no section {error}") from error
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The choices that are combined."""
+
+    methods: Sequence[str]
+    bits: Sequence[int]
+    group_sizes: Sequence[int]
+    calibrations: Sequence[str]
+    seeds: Sequence[int]
+    options: str
+
+    def cells(self) -> list[Cell]:
+        """Every combination; those of a seed follow each other.
+
+        Raises:
+            RecipeError: a choice is none that recipes know.
+        """
+        for method in self.methods:
+            if method not in METHODS and method not in SALIENCIES:
+                known = ", ".join(dict.fromkeys(METHODS + SALIENCIES))
+                raise RecipeError(f"{method}: no such method; there are {known}")
+        # Neighbours share gradients, and the pass without kept weights.
+        axes = (self.seeds, self.calibrations, self.bits, self.group_sizes)
+        return [
+            Cell(
+                method=method,
+                bits=bits,
+                group_size=group_size,
+                calibration=calibration,
+                seed=seed,
+                options=self.options,
+            )
+            for seed, calibration, bits, group_size in product(*axes)
+            for method in self.methods
+        ]

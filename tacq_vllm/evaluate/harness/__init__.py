@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness on this project's items; needs the extra `eval`."""

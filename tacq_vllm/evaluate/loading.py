@@ -1,0 +1,47 @@
+"""Models to evaluate, by what a user calls them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tacq_vllm.evaluate.errors import EvaluateError
+from tacq_vllm.format.schema import FormatError
+from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.source import ModelSource, locate_model
+from tacq_vllm.quantize.workdir import fingerprint
+
+_DECISIVE = ("*.safetensors", "config.json", "tokenizer*", "*.model")
+
+
+@contextmanager
+def opened(model: str) -> Iterator[ModelSource]:
+    """Give a model's files to what loads it.
+
+    Raises:
+        EvaluateError: there is no such model, or the body fails; in one line.
+    """
+    try:
+        yield locate_model(model)
+    except (FormatError, QuantizeError, EvaluateError):
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise EvaluateError(f"{model}: cannot be loaded: {lines[0]}") from error
+
+
+def model_name(model: str) -> str:
+    """What people call it: a folder's name, a file's stem, a Hub id."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.absolute().name if path.is_dir() else model
+
+
+def model_identity(source: ModelSource) -> str:
+    """Digest of the names, sizes and times of the files that decide what it says."""
+    patterns = [source.gguf] if source.gguf else _DECISIVE
+    files = [path for pattern in patterns for path in source.folder.glob(pattern)]
+    status = {path.name: path.stat() for path in files}
+    return fingerprint(
+        {name: [stat.st_size, stat.st_mtime_ns] for name, stat in status.items()}
+    )

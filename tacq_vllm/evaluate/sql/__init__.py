@@ -1,0 +1,1 @@
+"""Queries that a model wrote, run where they can do no harm."""

@@ -1,0 +1,60 @@
+"""Perplexity of running text, in windows that do not overlap."""
+
+import math
+from collections.abc import Sequence
+
+from tacq_vllm.evaluate.errors import EvaluateError
+from tacq_vllm.evaluate.respondent import ItemScore, Respondent
+from tacq_vllm.evaluate.runner import Continuation
+from tacq_vllm.evaluate.statistics import Mean
+from tacq_vllm.scores import Score
+
+
+def perplexity(
+    task: str,
+    documents: Sequence[str],
+    window: int,
+    limit: int | None,
+    respondent: Respondent,
+) -> list[Score]:
+    """Score the text of all documents, tokenized as a whole.
+
+    The first token of a window is not predicted; what is left after the last whole
+    window is not used.
+
+    Raises:
+        EvaluateError: a window is too long for the model, or the text too short.
+    """
+    runner = respondent.runner
+    if window > runner.max_length:
+        raise EvaluateError(
+            f"{task}: a window of {window} tokens, more than the {runner.max_length} "
+            f"that there is room for in {runner.name}: choose a smaller --window"
+        )
+    text = "\n\n".join(documents)
+    ids = runner.tokenizer(text, verbose=False).input_ids
+    count = len(ids) // window
+    if count == 0:
+        raise EvaluateError(
+            f"{task}: {len(ids)} tokens of text, less than a window of {window}: "
+            "choose a smaller --window"
+        )
+    numbers = range(count)[:limit]
+    windows = [ids[n * window : (n + 1) * window] for n in numbers]
+    asked = [Continuation(tuple(w[:1]), tuple(w[1:])) for w in windows]
+    answers = respondent.likelihoods(task, numbers, asked)
+    losses = [-answer.total / (window - 1) for answer in answers]
+    scores = map(ItemScore, numbers, losses, [""] * len(losses))
+    respondent.record(task, "loss", scores)
+    mean = Mean.of(losses)
+    value = math.exp(mean.value)
+    return [
+        Score(
+            task=task,
+            metric="perplexity",
+            value=value,
+            # The error of exp(x) is exp(x) times that of x, to first order.
+            stderr=None if mean.stderr is None else value * mean.stderr,
+            limit=limit,
+        )
+    ]

@@ -1,0 +1,44 @@
+"""Models by what a user calls them: a Hub id, a folder, a .gguf file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from tacq_vllm.format.checkpoint import CONFIG_NAME
+from tacq_vllm.quantize.errors import QuantizeError
+
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files lie."""
+
+    folder: Path
+    gguf: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What Transformers' `from_pretrained` takes."""
+        gguf = {"gguf_file": self.gguf} if self.gguf else {}
+        return {"pretrained_model_name_or_path": str(self.folder), **gguf}
+
+
+def locate_model(model: str) -> ModelSource:
+    """Find a model's files; those of a Hub id are downloaded.
+
+    Raises:
+        QuantizeError: what is here under that name is not a model.
+        OSError: the Hub does not have it, or is out of reach.
+    """
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise QuantizeError(f"{model}: no such file")
+        return ModelSource(path.absolute().parent, path.name)
+    if path.is_dir():
+        if not (path / CONFIG_NAME).is_file():
+            raise QuantizeError(f"{model}: the folder has no {CONFIG_NAME}")
+        return ModelSource(path.absolute())
+    return ModelSource(Path(snapshot_download(model, allow_patterns=_DOWNLOADED)))

@@ -1,0 +1,161 @@
+"""`tacq compare`, on the tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from tacq_vllm.cli import app
+from tacq_vllm.compare.rows import RESULTS_NAME, read_results
+from tests.evaluate.conftest import make_data
+from tests.test_cli import assert_one_line
+
+
+def compare(model: Path, output: Path, root: Path, **options: object) -> Result:
+    usual = {
+        "methods": "gptq,magnitude",
+        "bits": "3",
+        "group_size": "32",
+        "calibration": "c4",
+        "tasks": "wikitext2",
+        "num_samples": 2,
+        "seq_len": 32,
+        "window": 64,
+        "limit": 3,
+        "option": "gptq.grid_steps=4",
+        "device": "cpu",
+        "data_root": root,
+        "output": output,
+    }
+    arguments: list[object] = ["compare", model]
+    for name, value in (usual | options).items():
+        arguments += [f"--{name.replace('_', '-')}", value]
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def output(
+    tiny_model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    result = compare(tiny_model, folder, root)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (folder / "table.md").read_text()
+    return folder
+
+
+def test_a_row_for_each_model(output: Path) -> None:
+    rows = read_results(output / RESULTS_NAME)
+
+    methods = [row.cell.method if row.cell else "16-bit" for row in rows]
+    assert sorted(methods) == ["16-bit", "gptq", "magnitude"]
+    for row in rows:
+        (score,) = row.scores
+        assert (score.task, score.metric, score.limit) == ("wikitext2", "perplexity", 3)
+        assert score.baseline is not None
+        assert row.model == "tiny-llama"
+        assert row.settings["calibration"] == "2 x 32"
+    by_method = dict(zip(methods, rows, strict=True))
+    assert by_method["16-bit"].effective_bits == 16.0
+    assert by_method["16-bit"].scores[0].recovery == pytest.approx(100.0)
+    gptq, kept = by_method["gptq"], by_method["magnitude"]
+    assert 3.0 < gptq.effective_bits < kept.effective_bits < 6.0
+    assert "quantization" in gptq.seconds
+    table = (output / "table.md").read_text().splitlines()
+    assert len(table) == 5
+    assert table[0].endswith("| wikitext2 perplexity |")
+
+
+def test_pictures(output: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the pictures need the extra `plots`")
+
+    assert (output / "bits.png").is_file()
+    (outliers,) = (output / "outliers").iterdir()
+    assert outliers.name.startswith("magnitude-w3-g32-c4-s0-")
+
+
+def test_what_is_finished_is_not_repeated(
+    tiny_model: Path, root: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("quantized again")
+
+    before = (output / RESULTS_NAME).read_bytes()
+    monkeypatch.setattr("tacq_vllm.compare.run.quantize_model", refuse)
+
+    result = compare(tiny_model, output, root)
+
+    assert result.exit_code == 0, result.output
+    assert "measured before" in result.stderr
+    assert (output / RESULTS_NAME).read_bytes() == before
+
+
+def test_another_task_is_added_to_the_rows(
+    tiny_model: Path, root: Path, output: Path
+) -> None:
+    result = compare(tiny_model, output, root, tasks="wikitext2,gsm8k-loss")
+
+    assert result.exit_code == 0, result.output
+    # The packed weights are where the first run left them.
+    assert "quantization: 14 steps" not in result.stderr
+    rows = read_results(output / RESULTS_NAME)
+    assert len(rows) == 3
+    assert all(row.tasks == ("wikitext2", "gsm8k-loss") for row in rows)
+    assert all(len(row.scores) == 2 for row in rows)
+    assert "gsm8k loss" in result.stdout.splitlines()[0]
+
+
+def test_rows_measured_otherwise_are_not_in_the_table(
+    tiny_model: Path, root: Path, output: Path
+) -> None:
+    result = compare(tiny_model, output, root, methods="gptq", limit=2)
+
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 4
+
+
+def test_no_paths_are_told(tiny_model: Path, root: Path, output: Path) -> None:
+    for path in output.glob("rows/*.json"):
+        assert str(root) not in json.dumps(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"methods": "magic"}, "magic: no such method"),
+        ({"bits": "5"}, "bits: Input should be"),
+        ({"bits": "three"}, "--bits three: not whole numbers"),
+        ({"tasks": "sudoku"}, "sudoku: no such task"),
+        ({"option": "nothing=1"}, "nothing: Extra inputs"),
+        ({"data_root": "nowhere"}, "nowhere/wikitext2/test.txt: no such file"),
+    ],
+)
+def test_bad_options(
+    tiny_model: Path, root: Path, tmp_path: Path, options: dict[str, str], reason: str
+) -> None:
+    assert_one_line(compare(tiny_model, tmp_path / "out", root, **options), reason)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"group_size": "48"}, "q_proj: group_size 48 does not divide its 64"),
+        ({"calibration": "nowhere.txt"}, "nowhere.txt: no such file"),
+    ],
+)
+def test_a_cell_that_cannot_be_made(
+    tiny_model: Path, root: Path, tmp_path: Path, options: dict[str, str], reason: str
+) -> None:
+    result = compare(tiny_model, tmp_path / "out", root, **options)
+
+    assert result.exit_code == 2
+    assert reason in result.stderr.splitlines()[-1]
+    # The 16-bit model's row is there for the next run.
+    (row,) = (tmp_path / "out" / "rows").iterdir()
+    assert row.name.startswith("16-bit-")

@@ -1,0 +1,72 @@
+import pytest
+
+from tacq_vllm.compare.matrix import METHODS, SALIENCIES, Cell, Matrix
+from tacq_vllm.config import Recipe, RecipeError
+
+CELL = Cell(method="gptq", bits=2, group_size=64, calibration="c4", seed=3)
+
+
+def matrix(**choices: object) -> Matrix:
+    usual = {
+        "methods": ["gptq"],
+        "bits": [3],
+        "group_sizes": [64],
+        "calibrations": ["c4"],
+        "seeds": [0],
+        "options": "",
+    }
+    return Matrix(**(usual | choices))  # type: ignore[arg-type]
+
+
+def test_every_combination_once() -> None:
+    cells = matrix(methods=["gptq", "msg"], bits=[2, 3], seeds=[0, 1]).cells()
+
+    assert len(set(cells)) == len(cells) == 8
+    assert [cell.method for cell in cells[:2]] == ["gptq", "msg"]
+    assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_recipes_is_one(method: str) -> None:
+    (cell,) = matrix(methods=[method]).cells()
+
+    assert cell.recipe(Recipe()).method == method
+
+
+@pytest.mark.parametrize("saliency", SALIENCIES)
+def test_every_saliency_is_a_method(saliency: str) -> None:
+    recipe = CELL.model_copy(update={"method": saliency}).recipe(Recipe())
+
+    assert (recipe.method, recipe.outliers.saliency) == ("tacq", saliency)
+
+
+def test_a_cell_changes_its_fields_of_the_recipe() -> None:
+    options = "gptq.refit_scales=false outliers.ratio=0.01"
+    base = Recipe(bits=4, gptq={"grid_steps": 7})  # type: ignore[arg-type]
+
+    recipe = CELL.model_copy(update={"options": options}).recipe(base)
+
+    assert (recipe.bits, recipe.group_size, recipe.gptq.grid_steps) == (2, 64, 7)
+    assert recipe.calibration.sources == ("c4",)
+    assert recipe.calibration.seed == 3
+    assert not recipe.gptq.refit_scales
+    assert recipe.outliers.ratio == 0.01
+
+
+def test_an_unknown_method() -> None:
+    with pytest.raises(RecipeError, match="magic: no such method; there are tacq, "):
+        matrix(methods=["magic"]).cells()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("bits", 5, "bits: Input should be"),
+        ("group_size", 24, "group_size 24"),
+        ("options", "gptq.nothing=1", "gptq.nothing: Extra inputs"),
+        ("options", "nothing.at.all=1", "no section 'nothing'"),
+    ],
+)
+def test_choices_that_recipes_refuse(field: str, value: object, reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        CELL.model_copy(update={field: value}).recipe(Recipe())

@@ -1,0 +1,85 @@
+from typing import Any
+
+import pytest
+
+from tacq_vllm.data.sets import Item
+from tacq_vllm.evaluate.errors import EvaluateError
+from tacq_vllm.evaluate.questions import Questions, completion_loss, encode
+from tests.conftest import Recorder
+from tests.evaluate.conftest import Parrot, respond
+
+ITEMS = [Item(f"question {n}:", f" {'x' * (n + 1)}", "") for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "numbers"),
+    [
+        (None, tuple(range(10))),
+        (1, (0,)),
+        (3, (0, 3, 6)),
+        (4, (0, 2, 4, 6)),
+        (20, tuple(range(10))),
+    ],
+)
+def test_a_limit_spreads_over_the_split(limit: int, numbers: tuple[int, ...]) -> None:
+    questions = Questions.spread("gsm8k", ITEMS, limit)
+
+    assert questions.numbers == numbers
+    assert questions.items == tuple(ITEMS[number] for number in numbers)
+
+
+def test_the_loss_is_the_mean_over_items_of_their_mean() -> None:
+    (score,) = completion_loss(Questions.spread("gsm8k", ITEMS, 2), respond(Parrot()))
+
+    assert score.value == pytest.approx(0.5)
+    assert (score.task, score.metric, score.limit) == ("gsm8k", "loss", 2)
+
+
+def test_only_the_completion_is_scored() -> None:
+    runner = Parrot()
+
+    completion_loss(Questions.spread("gsm8k", ITEMS, 1), respond(runner))
+
+    (asked,) = runner.asked
+    assert "".join(map(chr, asked.context)) == "question 0:"
+    assert "".join(map(chr, asked.tokens)) == " x"
+
+
+def test_long_prompts_are_cut_on_the_left_which_is_told() -> None:
+    runner, listener = Parrot(max_length=6), Recorder()
+
+    completion_loss(
+        Questions.spread("gsm8k", ITEMS, 1), respond(runner, listener=listener)
+    )
+
+    (asked,) = runner.asked
+    assert "".join(map(chr, asked.context)) == "n 0:"
+    (note,) = listener.notes
+    assert "1 prompts are longer than the 6 tokens" in note
+
+
+def test_an_answer_that_does_not_fit() -> None:
+    with pytest.raises(EvaluateError, match="an answer of 11 tokens"):
+        completion_loss(
+            Questions.spread("gsm8k", ITEMS[9:], None), respond(Parrot(max_length=11))
+        )
+
+
+class Merging:
+    """A tokenizer whose tokens are pairs of letters from the left."""
+
+    def __call__(self, text: str) -> Any:
+        pairs = [text[i : i + 2] for i in range(0, len(text), 2)]
+        return type("", (), {"input_ids": [hash(pair) for pair in pairs]})
+
+
+def test_a_token_over_the_border_belongs_to_the_completion() -> None:
+    asked = encode(Merging(), "abc", "def")
+
+    assert asked.context == (hash("ab"),)
+    assert asked.tokens == (hash("cd"), hash("ef"))
+
+
+def test_nothing_to_predict() -> None:
+    with pytest.raises(EvaluateError, match="no token to predict"):
+        encode(Merging(), "a", "")

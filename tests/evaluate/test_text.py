@@ -1,0 +1,47 @@
+import math
+
+import pytest
+
+from tacq_vllm.evaluate.errors import EvaluateError
+from tacq_vllm.evaluate.text import perplexity
+from tests.evaluate.conftest import Parrot, respond
+
+
+def test_windows_do_not_overlap_and_predict_all_but_the_first_token() -> None:
+    runner = Parrot()
+
+    (score,) = perplexity("c4", ["abc", "defgh"], 4, None, respond(runner))
+
+    assert [
+        ("".join(map(chr, one.context)), "".join(map(chr, one.tokens)))
+        for one in runner.asked
+    ] == [("a", "bc\n"), ("\n", "def")]
+    assert score.value == pytest.approx(math.exp(0.5))
+    assert score.stderr == 0.0
+    assert (score.task, score.metric, score.limit) == ("c4", "perplexity", None)
+
+
+def test_a_limit_takes_the_first_windows() -> None:
+    runner = Parrot()
+
+    (score,) = perplexity("c4", ["abcdefgh"], 2, 3, respond(runner))
+
+    assert [chr(one.context[0]) for one in runner.asked] == ["a", "c", "e"]
+    assert score.limit == 3
+
+
+@pytest.mark.parametrize(
+    ("window", "reason"),
+    [(11, "8 tokens of text, less than a window of 11"), (21, "more than the 20")],
+)
+def test_windows_that_do_not_fit(window: int, reason: str) -> None:
+    runner = Parrot(max_length=20)
+
+    with pytest.raises(EvaluateError, match=reason):
+        perplexity("c4", ["abcdefgh"], window, None, respond(runner))
+
+
+def test_a_single_window_has_no_standard_error() -> None:
+    (score,) = perplexity("c4", ["abcd"], 4, None, respond(Parrot()))
+
+    assert score.stderr is None

@@ -1,0 +1,139 @@
+"""Answers from Transformers, beside plain calls of the model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from tacq_vllm.evaluate.runner import Continuation, Prompt, cut_at_stop
+from tacq_vllm.evaluate.text import perplexity
+from tacq_vllm.evaluate.transformers_runner import (
+    TransformersRunner,
+    open_transformers,
+)
+from tests.conftest import SIZES, VOCAB_SIZE, make_text, save_random
+from tests.evaluate.conftest import respond
+from tests.evaluate.plain_perplexity import plain_perplexity
+
+CPU = torch.device("cpu")
+
+
+def opened(folder: Path, *, dequantize: bool = False) -> TransformersRunner:
+    return open_transformers(
+        str(folder), torch.float32, CPU, 4096, dequantize=dequantize
+    )
+
+
+def random_continuations() -> list[Continuation]:
+    """Some begin alike, one begins as a whole other one does."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(
+            torch.randint(3, VOCAB_SIZE, (count,), generator=generator).tolist()
+        )
+
+    shared, tail = draw(20), draw(5)
+    return [
+        Continuation(draw(1), draw(6)),
+        Continuation(shared, tail),
+        Continuation(shared, (7,)),
+        Continuation(shared, (8,)),
+        Continuation(shared + tail, draw(3)),
+        Continuation(shared[:12], draw(30)),
+        Continuation(draw(9), draw(2)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def sliding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = MistralConfig(**SIZES, sliding_window=8)
+    return save_random(config, tmp_path_factory.mktemp("sliding") / "model")
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "sliding_model", "tiny_checkpoint"])
+def test_likelihoods_are_those_of_each_sequence_alone(
+    model: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(model)
+    asked = random_continuations()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    answers = list(opened(folder).likelihoods(asked))
+
+    for one, answer in zip(asked, answers, strict=True):
+        tokens = torch.tensor([one.context + one.tokens])
+        with torch.no_grad():
+            logits = plain(tokens).logits[0, len(one.context) - 1 : -1].double()
+        target = torch.tensor(one.tokens)
+        chosen = logits.log_softmax(-1).gather(-1, target[:, None])
+        assert answer.total == pytest.approx(float(chosen.sum()), rel=1e-5)
+        assert answer.greedy == bool((logits.argmax(-1) == target).all())
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_perplexity_is_that_of_a_plain_script(
+    tiny_checkpoint: Path, dequantize: bool
+) -> None:
+    text = make_text(60)
+    runner = opened(tiny_checkpoint, dequantize=dequantize)
+
+    (score,) = perplexity("wikitext2", [text], 64, 5, respond(runner))
+
+    expected = plain_perplexity(tiny_checkpoint, text, window=64, count=5)
+    assert score.value == pytest.approx(expected, rel=1e-4)
+    assert score.stderr is not None
+    assert 0 < score.stderr < score.value / 2
+
+
+def test_texts_of_prompts_together_are_those_of_each_alone(tiny_model: Path) -> None:
+    runner = opened(tiny_model)
+    prompts = [Prompt(one.context, 6, ()) for one in random_continuations()]
+
+    together = list(runner.texts(prompts))
+
+    assert together == [next(runner.texts([prompt])) for prompt in prompts]
+    assert len(set(together)) > 1
+
+
+def test_a_stop_ends_a_text_and_is_not_part_of_it(tiny_model: Path) -> None:
+    runner = opened(tiny_model)
+    (tokens,) = {one.context for one in random_continuations()[1:2]}
+    (whole,) = runner.texts([Prompt(tokens, 8, ())])
+    stop = whole.split()[3]
+
+    (text,) = runner.texts([Prompt(tokens, 8, (stop,))])
+
+    assert text == cut_at_stop(whole, (stop,))
+    assert stop not in text
+
+
+def test_a_text_ends_with_the_token_that_ends_it(tiny_model: Path) -> None:
+    runner = opened(tiny_model)
+    prompts = [Prompt(one.context, 8, ()) for one in random_continuations()]
+    whole = [text.split() for text in runner.texts(prompts)]
+    vocabulary = runner.tokenizer.get_vocab()
+    end = whole[0][2]
+    runner._model.generation_config.eos_token_id = [2, vocabulary[end]]
+
+    texts = list(runner.texts(prompts))
+
+    expected = [words[: words.index(end)] if end in words else words for words in whole]
+    assert [text.split() for text in texts] == expected
+    assert expected != whole
+
+
+def test_the_first_of_several_stops_counts() -> None:
+    assert cut_at_stop("one; two\n\nthree", ("\n\n", ";")) == "one"
+    assert cut_at_stop("one", ("\n\n", ";")) == "one"
+
+
+def test_what_a_runner_tells_of_itself(tiny_checkpoint: Path, tiny_model: Path) -> None:
+    runner = opened(tiny_checkpoint)
+
+    assert runner.name == tiny_checkpoint.name
+    assert runner.max_length == 128
+    assert {"tacq-vllm", "torch", "transformers"} == runner.versions.keys()
+    assert runner.identity == opened(tiny_checkpoint).identity
+    assert runner.identity != opened(tiny_model).identity
