@@ -60,9 +60,13 @@ def folder_faults(
     folder: Path, reader: CheckpointReader, schema: QuantizationSchema
 ) -> Iterator[str]:
     """Yield what the headers of the files contradict in config.json."""
-    # A reader that had it from elsewhere would not know what it is told twice.
-    if "transformers_weights" in read_json(folder / CONFIG_NAME):
+    config = read_json(folder / CONFIG_NAME)
+    if "transformers_weights" in config:
         yield f"{CONFIG_NAME}: transformers_weights names other weight files"
+    for key in ("attn_implementation", "_attn_implementation"):
+        # A name with a slash is a repo of compiled code.
+        if "/" in str(config.get(key, "")):
+            yield f"{CONFIG_NAME}: {key} names code to fetch: {config[key]!r}"
     yield from header_faults(reader, schema)
     skeleton = read_skeleton(folder, len(reader))
     if skeleton is not None:

@@ -147,4 +147,10 @@ KINDS = [
         edit_config(lambda config: config.update(transformers_weights=WEIGHTS)),
         (CONFIG, "transformers_weights names other weight files"),
     ),
+    Kind(
+        "attention to be fetched",
+        set_config(attn_implementation="someone/kernel"),
+        (CONFIG, "attn_implementation names code to fetch: 'someone/kernel'"),
+        ("transformers",),
+    ),
 ]

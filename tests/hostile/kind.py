@@ -18,6 +18,7 @@ REASON_OF_OTHERS = re.compile(r" \(Error while|: line \d| at line \d")
 
 HOSTS_OWN = (
     AttributeError,
+    ImportError,
     LookupError,
     OSError,
     RecursionError,
