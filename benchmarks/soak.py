@@ -30,6 +30,7 @@ from examples.serve_and_ask import serve
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 MAX_MODEL_LEN = 512
+PROMPT_WORDS = (1, 5, 10, 20, 40, 80)
 OUTPUT_TOKENS = (1, 2, 4, 8, 16)
 VANISHING, BAD = 0.1, 0.05
 """Shares of the clients that go away, and of the requests that are bad."""
@@ -154,10 +155,11 @@ async def send(
     if share < BAD:
         await send_bad(client, model, BAD_REQUESTS[number % len(BAD_REQUESTS)], tally)
         return
-    words = choose.choices(("river", "city", "the", "of", "12", "blue"), k=160)
+    length = choose.choice(PROMPT_WORDS)
+    words = choose.choices(("river", "city", "the", "of", "12", "blue"), k=length)
     body = {
         "model": model,
-        "prompt": " ".join(words[: choose.randint(1, len(words))]),
+        "prompt": " ".join(words),
         "temperature": 0,
         "ignore_eos": True,
         "max_tokens": choose.choice(OUTPUT_TOKENS),

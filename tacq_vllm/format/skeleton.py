@@ -48,7 +48,10 @@ def _model_class(content: dict[str, Any]) -> Any:
     """The class of Transformers that `architectures` names, or None."""
     import transformers
 
-    if content.get("model_type") not in transformers.CONFIG_MAPPING:
+    kind = content.get("model_type", "")
+    if not isinstance(kind, str):
+        raise FormatError(f"{CONFIG_NAME}: model_type {kind!r} is not a name")
+    if kind not in transformers.CONFIG_MAPPING:
         return None
     match content.get("architectures"):
         case [str(name)] if "auto_map" not in content and name.isidentifier():
@@ -67,7 +70,7 @@ def _build(folder: Path, model_class: Any, num_tensors: int) -> Skeleton | None:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        blocks = config.get_text_config().num_hidden_layers
+        blocks = getattr(config.get_text_config(), "num_hidden_layers", 0)
         if blocks <= num_tensors:
             # Others may be code that is fetched.
             config._attn_implementation = "eager"

@@ -10,15 +10,10 @@ from pathlib import Path
 
 from tacq_vllm.format.checkpoint import CONFIG_NAME, CheckpointReader, read_schema
 from tacq_vllm.format.json_object import read_json
-from tacq_vllm.format.linear import (
-    LinearFault,
-    PackedLinear,
-    check_linear,
-    linear_specs,
-    tensor_names,
-)
+from tacq_vllm.format.linear import PackedLinear, linear_specs, tensor_names
 from tacq_vllm.format.schema import FormatError, QuantizationSchema, printable
 from tacq_vllm.format.skeleton import Skeleton, read_skeleton
+from tacq_vllm.format.values import LinearFault, check_linear
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tacq_vllm.format.linear import check_linear, check_range, linear_specs
+from tacq_vllm.format.linear import linear_specs
 from tacq_vllm.format.schema import (
     QUANT_METHOD,
     FormatError,
@@ -30,6 +30,7 @@ from tacq_vllm.format.schema import (
     parse_schema,
 )
 from tacq_vllm.format.validation import check_headers, fault_line
+from tacq_vllm.format.values import check_linear, check_range
 from tacq_vllm.kernels.ops import prepare
 from tacq_vllm.layers import TacqLinear
 

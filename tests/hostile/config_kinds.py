@@ -153,4 +153,16 @@ KINDS = [
         (CONFIG, "attn_implementation names code to fetch: 'someone/kernel'"),
         ("transformers",),
     ),
+    Kind(
+        "a list for a name",
+        set_config(model_type=["llama"]),
+        (CONFIG, "model_type ['llama'] is not a name"),
+        BOTH,
+    ),
+    Kind(
+        "sizes of no model",
+        set_config(num_attention_heads="many"),
+        (CONFIG, "no model can be made"),
+        BOTH,
+    ),
 ]

@@ -16,15 +16,13 @@ from vllm.model_executor.layers.linear import (
 
 from tacq_vllm.format.linear import (
     PLANE_SUFFIXES,
-    LinearFault,
     PackedLinear,
-    check_range,
-    check_scales,
     tensor_names,
 )
 from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS, packed_size
 from tacq_vllm.format.schema import QuantizationSchema, num_groups
 from tacq_vllm.format.validation import fault_line
+from tacq_vllm.format.values import LinearFault, check_range, check_scales
 from tacq_vllm.integrations.vllm.errors import refuse
 from tacq_vllm.integrations.vllm.params import (
     ChannelScaleParameter,

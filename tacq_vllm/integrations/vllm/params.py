@@ -18,7 +18,6 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from tacq_vllm.format.linear import LinearFault
 from tacq_vllm.format.outliers import (
     Outliers,
     check_outliers,
@@ -29,6 +28,7 @@ from tacq_vllm.format.outliers import (
     slice_outlier_rows,
 )
 from tacq_vllm.format.validation import fault_line
+from tacq_vllm.format.values import LinearFault
 from tacq_vllm.integrations.vllm.errors import refuse
 
 ShardId = int | str | tuple[int, ...] | None
