@@ -38,6 +38,10 @@ def weights_folder(model: str, revision: str | None) -> Path | None:
         return None
     cache = config.load_config.download_dir if config else None
     try:
-        return checkpoint_folder(model, revision, logger.info, cache)
+        return checkpoint_folder(model, revision, _note, cache)
     except HubError as error:
         refuse(error)
+
+
+def _note(text: str) -> None:
+    logger.info("tacq: %s", text)
