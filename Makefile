@@ -11,7 +11,7 @@ DEMO := build/demo/SmolLM2-135M-Instruct-TaCQ-w3
 OLDEST_VLLM := 0.26.0
 OLDEST := build/vllm-$(OLDEST_VLLM)
 
-.PHONY: setup demo test test-fast test-network test-oldest lint bench clean
+.PHONY: setup demo test test-fast test-network test-oldest lint bench fuzz soak audit clean
 
 setup: $(READY)
 
@@ -71,6 +71,20 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/linear_kernels.py
+
+# Ten minutes; what breaks a reader is left in build/fuzz.
+fuzz: $(READY)
+	mkdir -p build/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing.run \
+		-max_total_time=600 -artifact_prefix=build/fuzz/
+
+soak: $(DEMO)/config.json
+	$(BIN)/python -m benchmarks.soak $(DEMO)
+
+# Known vulnerabilities of what is installed; asks PyPI, which not every mirror does.
+audit: $(READY)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --local --skip-editable
 
 clean:
 	rm -rf build dist $(VENV)

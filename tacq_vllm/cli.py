@@ -272,7 +272,9 @@ def push(
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Bad input: one line that says what is wrong, exit code 2."""
+    """Bad input: one line that says what is wrong, exit code 2; Ctrl-C: 130."""
+    from safetensors import SafetensorError
+
     from tacq_vllm.config import RecipeError
     from tacq_vllm.data.errors import DataError
     from tacq_vllm.evaluate.errors import EvaluateError
@@ -282,15 +284,23 @@ def _one_line_errors() -> Iterator[None]:
     from tacq_vllm.scores import ScoresError
 
     ours = (FormatError, RecipeError, QuantizeError, HubError, ScoresError)
-    expected = (*ours, DataError, EvaluateError, InputError, OSError)
+    theirs = (OSError, SafetensorError)
+    expected = (*ours, DataError, EvaluateError, InputError, *theirs)
     try:
         yield
     except expected as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
         _fail(f"{error}: pip install 'tacq-vllm[quantize,plots]'")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(
+            "out of memory; give the same command again with more of it free, or a "
+            f"smaller model or sequence length ({error})"
+        )
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where this one stopped")
+        _fail("interrupted; the same command finishes what this one began", code=130)
 
 
 app.command("import")(_one_line_errors()(cli_convert.import_checkpoint))
@@ -299,9 +309,16 @@ app.command("evaluate")(_one_line_errors()(cli_evaluate.evaluate))
 app.command("compare")(_one_line_errors()(cli_compare.compare))
 
 
-def _fail(message: str) -> None:
-    err.print(f"tacq: {message}", style="red", highlight=False, markup=False)
-    raise typer.Exit(2)
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or PyTorch on any device, could not have more memory."""
+    words = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    line = " ".join(message.split())
+    err.print(f"tacq: {line}", style="red", highlight=False, markup=False)
+    raise typer.Exit(code)
 
 
 def _whole_checkpoint(checkpoint: str, revision: str | None) -> Path:

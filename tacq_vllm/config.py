@@ -244,7 +244,9 @@ def override_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
 
 def one_line(error: ValidationError) -> str:
     """A pydantic error as one line: every field with what is wrong."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in e['loc']) or 'value'}: {e['msg']}"
-        for e in error.errors()
-    )
+    parts = []
+    for fault in error.errors():
+        field = ".".join(map(str, fault["loc"]))
+        reason = fault["msg"].removeprefix("Value error, ")
+        parts.append(f"{field}: {reason}" if field else reason)
+    return "; ".join(parts)

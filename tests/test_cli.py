@@ -381,9 +381,9 @@ def test_an_interrupt(
 
     result = tacq("quantize", tiny_model, "--output", tmp_path / "out")
 
-    assert_one_line(
-        result, "interrupted; the same command goes on where this one stopped"
-    )
+    assert result.exit_code == 130
+    (line,) = result.stderr.splitlines()
+    assert line == "tacq: interrupted; the same command finishes what this one began"
 
 
 def test_a_model_that_is_quantized(tiny_checkpoint: Path, tmp_path: Path) -> None:

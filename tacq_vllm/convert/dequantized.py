@@ -17,8 +17,8 @@ from tacq_vllm.format.checkpoint import (
     CONFIG_NAME,
     CheckpointReader,
     CheckpointWriter,
-    read_json,
 )
+from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.schema import FormatError, QuantizationSchema, parse_schema
 from tacq_vllm.format.validation import find_faults, load_linear
 from tacq_vllm.kernels.reference import dequantize

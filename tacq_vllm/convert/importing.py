@@ -20,9 +20,10 @@ from tacq_vllm.convert.kept import KeptWeights
 from tacq_vllm.convert.source import Source, open_source
 from tacq_vllm.format.checkpoint import CheckpointWriter
 from tacq_vllm.format.inspection import inspect_weights
-from tacq_vllm.format.linear import PackedLinear, check_linear, pack_linear
+from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import select_outliers
 from tacq_vllm.format.schema import DEFAULT_CIRCUIT, QuantizationSchema
+from tacq_vllm.format.values import check_linear
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.weights import open_weights

@@ -15,7 +15,8 @@ from tacq_vllm.config import one_line
 from tacq_vllm.convert.compressed import CompressedLayout
 from tacq_vllm.convert.gptq import GptqLayout
 from tacq_vllm.convert.layout import Layout, SourceLinear
-from tacq_vllm.format.checkpoint import CONFIG_NAME, read_json
+from tacq_vllm.format.checkpoint import CONFIG_NAME
+from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.schema import check_linear_shape
 from tacq_vllm.quantize.blocks import group_linears
 from tacq_vllm.quantize.errors import QuantizeError

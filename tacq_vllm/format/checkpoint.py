@@ -13,12 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tacq_vllm.format.json_object import check_keys, read_json
 from tacq_vllm.format.schema import FormatError, QuantizationSchema, parse_schema
 from tacq_vllm.format.simulated import AnySchema, SimulatedSchema, parse_simulated
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_SUFFIX = ".safetensors"
 
 _DTYPES = {
     "I32": torch.int32,
@@ -99,16 +101,20 @@ class CheckpointReader:
     Opening reads the headers only.
 
     Raises:
-        FormatError: no weights, a file that is missing, truncated or not
-            safetensors, or an index that contradicts the files.
+        FormatError: as `weight_files`; a file is truncated or not safetensors, the
+            index contradicts the files, or other weight files lie beside them.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, Any] = {}
         self._tensors: dict[str, StoredTensor] = {}
-        for file_name in self._file_names():
-            self._open(file_name)
+        self.listing = INDEX_NAME if (folder / INDEX_NAME).is_file() else WEIGHTS_NAME
+        """The file that says which tensors there are."""
+        names = weight_files(folder)
+        self._check_others(names)
+        for name in names:
+            self._open(name)
         self._check_index()
 
     def __enter__(self) -> Self:
@@ -128,6 +134,9 @@ class CheckpointReader:
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
+    def __len__(self) -> int:
+        return len(self._tensors)
+
     def __getitem__(self, name: str) -> StoredTensor:
         return self._tensors[name]
 
@@ -141,37 +150,24 @@ class CheckpointReader:
         """Bytes of the weight files."""
         return sum((self._folder / name).stat().st_size for name in self._files)
 
-    def _file_names(self) -> list[str]:
-        if (self._folder / INDEX_NAME).is_file():
-            weight_map = self._weight_map()
-            names = sorted(set(weight_map.values()))
-            for name in names:
-                if Path(name).name != name or not name.endswith(".safetensors"):
-                    raise FormatError(f"{INDEX_NAME}: {name!r} is not a file name")
-            return names
-        if (self._folder / WEIGHTS_NAME).is_file():
-            return [WEIGHTS_NAME]
-        raise FormatError(f"{self._folder}: no {WEIGHTS_NAME} and no {INDEX_NAME}")
-
-    def _weight_map(self) -> dict[str, str]:
-        index = read_json(self._folder / INDEX_NAME)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(value, str) for value in weight_map.values()
-        ):
-            raise FormatError(f"{INDEX_NAME}: no weight_map from names to files")
-        return weight_map
+    def _check_others(self, names: list[str]) -> None:
+        """Refuse weight files that another reader would take, or take instead."""
+        for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
+            if path.name not in names:
+                raise FormatError(f"{path.name}: a weight file that nothing names")
+        if WEIGHTS_NAME in names and len(names) > 1:
+            raise FormatError(f"{INDEX_NAME}: {WEIGHTS_NAME} is named beside others")
 
     def _open(self, file_name: str) -> None:
         path = self._folder / file_name
-        if not path.is_file():
-            raise FormatError(f"{file_name}: the file is missing")
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise FormatError(
                 f"{file_name}: truncated or not safetensors ({error})"
             ) from error
+        # Of a name that is there twice safetensors takes one, and does not tell.
+        check_keys(_header(path), file_name)
         self._files[file_name] = file
         for name in file.keys():  # noqa: SIM118 - not a dict
             if name in self._tensors:
@@ -183,28 +179,33 @@ class CheckpointReader:
             )
 
     def _check_index(self) -> None:
-        if not (self._folder / INDEX_NAME).is_file():
+        if self.listing != INDEX_NAME:
             return
-        for name, file_name in self._weight_map().items():
+        for name, file_name in _weight_map(self._folder).items():
             if name not in self or self[name].file_name != file_name:
                 raise FormatError(f"{INDEX_NAME}: {name} is not in {file_name}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def weight_files(folder: Path) -> list[str]:
+    """The names of a model folder's weight files, all of which are there.
 
     Raises:
-        FormatError: the file is missing or holds something else.
+        FormatError: there are none, one is missing, or the index is malformed.
     """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise FormatError(f"{path}: the file is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: not a JSON object")
-    return content
+    if (folder / INDEX_NAME).is_file():
+        names = sorted(set(_weight_map(folder).values()))
+        for name in names:
+            if Path(name).name != name or not name.endswith(_SUFFIX):
+                raise FormatError(f"{INDEX_NAME}: {name!r} is not a file name")
+    elif (folder / WEIGHTS_NAME).is_file():
+        names = [WEIGHTS_NAME]
+    else:
+        raise FormatError(f"{folder}: no {WEIGHTS_NAME} and no {INDEX_NAME}")
+    for name in names:
+        # Not a pipe or a device, of which the end might never come.
+        if not (folder / name).is_file():
+            raise FormatError(f"{name}: the file is missing")
+    return names
 
 
 def read_schema(folder: Path) -> QuantizationSchema:
@@ -230,3 +231,20 @@ def read_any_schema(folder: Path) -> AnySchema:
     """
     config = read_json(folder / CONFIG_NAME)
     return parse_simulated(config) or parse_schema(config.get("quantization_config"))
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(value, str) for value in weight_map.values())
+    ):
+        raise FormatError(f"{INDEX_NAME}: no weight_map from names to files")
+    return weight_map
+
+
+def _header(path: Path) -> bytes:
+    """The JSON of a file that safetensors has opened."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tacq_vllm.format.outliers import (
     Outliers,
-    check_outliers,
     decode_outliers,
     encode_outliers,
     slice_outlier_columns,
@@ -161,19 +160,6 @@ def linear_specs(schema: QuantizationSchema, name: str) -> dict[str, TensorSpec]
 def stored_bytes(schema: QuantizationSchema, name: str) -> int:
     """Bytes of all tensors of one linear."""
     return sum(spec.nbytes for spec in linear_specs(schema, name).values())
-
-
-def check_linear(linear: PackedLinear) -> str | None:
-    """Say what is wrong with the values of a linear's tensors, or None.
-
-    Types and shapes are assumed to be those of `linear_specs`.
-    """
-    if not bool(linear.scales.isfinite().all()):
-        return "scales: a value is not finite"
-    fault = check_outliers(
-        linear.outliers, linear.out_features, linear.in_features, linear.scales.dtype
-    )
-    return f"outliers: {fault}" if fault else None
 
 
 def slice_rows(linear: PackedLinear, start: int, stop: int) -> PackedLinear:

@@ -13,6 +13,9 @@ from torch import Tensor
 MAX_IN_FEATURES = 1 << 16
 """A column index has 16 bits."""
 
+MAX_WEIGHT = 2.0**127
+"""What a code stands for, and a kept value, are smaller: their sum is finite."""
+
 
 @dataclass(frozen=True)
 class Outliers:
@@ -123,6 +126,8 @@ def check_outliers(
         return "columns of a row are not strictly ascending"
     if not bool(outliers.values.isfinite().all()):
         return "a kept value is not finite"
+    if float(outliers.values.abs().max()) >= MAX_WEIGHT:
+        return "a kept value is so large that it is no weight"
     return None
 
 

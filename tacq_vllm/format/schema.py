@@ -22,9 +22,33 @@ QUANT_METHOD: Final = "tacq"
 FORMAT_VERSION: Final = 1
 DEFAULT_CIRCUIT = "default"
 
+_MAX_COUNT = 2**31 - 1
+"""Row offsets are int32."""
+
+_MAX_LINE = 2000
+"""Characters of a message."""
+
 
 class FormatError(ValueError):
-    """A checkpoint that is not what SPEC.md describes; the message says where."""
+    """A checkpoint that is not what SPEC.md describes; the message says where.
+
+    It is one line that is safe to print, whatever names the checkpoint has made up.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """A text with line ends, control characters and half surrogates escaped.
+
+    Of a very long one only the beginning is left.
+    """
+    line = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text[:_MAX_LINE]
+    )
+    return line if len(text) <= _MAX_LINE else f"{line} …"
 
 
 class QuantizationSchema(BaseModel):
@@ -63,7 +87,8 @@ class QuantizationSchema(BaseModel):
             raise ValueError("circuits and linears name different modules")
         for name, (out_features, in_features) in self.linears.items():
             check_linear_shape(name, out_features, in_features, self.group_size)
-            if not 0 <= self.num_outliers(name) <= out_features * in_features:
+            most = min(out_features * in_features, _MAX_COUNT)
+            if not 0 <= self.num_outliers(name) <= most:
                 raise ValueError(f"{name}: {self.num_outliers(name)} kept weights")
         return self
 
@@ -114,7 +139,7 @@ def check_linear_shape(
     Raises:
         ValueError: naming the linear, the sizes and the remedy.
     """
-    if out_features < 1 or in_features < 1:
+    if not 0 < out_features <= _MAX_COUNT or in_features < 1:
         raise ValueError(f"{name}: shape [{out_features}, {in_features}]")
     if in_features > MAX_IN_FEATURES:
         raise ValueError(
@@ -140,24 +165,28 @@ def parse_schema(block: object) -> QuantizationSchema:
     """
     if not isinstance(block, dict) or block.get("quant_method") != QUANT_METHOD:
         raise FormatError(
-            "config.json has no quantization_config with quant_method 'tacq': "
+            "config.json: no quantization_config with quant_method 'tacq': "
             "not a TaCQ checkpoint"
         )
     version = block.get("format_version")
     if version != FORMAT_VERSION:
         raise FormatError(
-            f"format_version {version!r} is not known to this tacq-vllm, which reads "
-            f"version {FORMAT_VERSION}: install a newer tacq-vllm"
+            f"config.json: format_version {version!r} is not known to this tacq-vllm, "
+            f"which reads version {FORMAT_VERSION}: install a newer tacq-vllm"
         )
     try:
         # JSON mode: lists become tuples, nothing else is converted.
         return QuantizationSchema.model_validate_json(_to_json(block))
     except ValidationError as error:
-        raise FormatError(f"quantization_config: {one_line(error)}") from error
+        raise FormatError(
+            f"config.json: quantization_config: {one_line(error)}"
+        ) from error
 
 
 def _to_json(block: dict[str, Any]) -> str:
     try:
         return json.dumps(block)
     except (TypeError, ValueError, RecursionError) as error:
-        raise FormatError(f"quantization_config is not JSON: {error}") from error
+        raise FormatError(
+            f"config.json: quantization_config is not JSON: {error}"
+        ) from error

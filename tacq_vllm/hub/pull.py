@@ -50,9 +50,18 @@ def checkpoint_headers(name: str, revision: str | None) -> Iterator[Path]:
 
 
 def checkpoint_folder(
-    name: str, revision: str | None, note: Callable[[str], None]
+    name: str,
+    revision: str | None,
+    note: Callable[[str], None],
+    cache: str | None = None,
 ) -> Path:
     """Give a checkpoint's folder; a repo is downloaded to the cache, which is noted.
+
+    Args:
+        name: a folder, or a repo.
+        revision: of a repo.
+        note: is told that a repo is downloaded.
+        cache: folder to download to; None: the Hub client's own.
 
     Raises:
         HubError: there is no such repo or revision, or the Hub is out of reach.
@@ -61,7 +70,7 @@ def checkpoint_folder(
         return _local_folder(name, revision)
     note(f"{name}: its values are needed: taken from the cache, or downloaded to it")
     with hub_errors(name, revision):
-        return _snapshot(name, revision)
+        return _snapshot(name, revision, cache)
 
 
 def _local_folder(name: str, revision: str | None) -> Path:
@@ -70,10 +79,12 @@ def _local_folder(name: str, revision: str | None) -> Path:
     return Path(name)
 
 
-def _snapshot(repo_id: str, revision: str | None) -> Path:
+def _snapshot(repo_id: str, revision: str | None, cache: str | None = None) -> Path:
     # Only what is read here, so that offline a cache that has no more will do.
     return Path(
-        snapshot_download(repo_id, revision=revision, allow_patterns=list(_PARTS))
+        snapshot_download(
+            repo_id, revision=revision, cache_dir=cache, allow_patterns=list(_PARTS)
+        )
     )
 
 

@@ -22,14 +22,15 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tacq_vllm.format.linear import check_linear, linear_specs
+from tacq_vllm.format.linear import linear_specs
 from tacq_vllm.format.schema import (
     QUANT_METHOD,
     FormatError,
     QuantizationSchema,
     parse_schema,
 )
-from tacq_vllm.format.validation import check_headers
+from tacq_vllm.format.validation import check_headers, fault_line
+from tacq_vllm.format.values import check_linear, check_range
 from tacq_vllm.kernels.ops import prepare
 from tacq_vllm.layers import TacqLinear
 
@@ -51,6 +52,11 @@ class TacqQuantizer(HfQuantizer):
     """Swaps quantized linears for `TacqLinear` and checks what was loaded."""
 
     requires_calibration = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._files: dict[str, str] = {}
+        """The file of each tensor of the quantized linears."""
 
     @property
     def schema(self) -> QuantizationSchema:
@@ -74,7 +80,7 @@ class TacqQuantizer(HfQuantizer):
         **kwargs: Any,
     ) -> None:
         if checkpoint_files:
-            check_headers(Path(checkpoint_files[0]).parent, self.schema)
+            self._files = check_headers(Path(checkpoint_files[0]).parent, self.schema)
         for name, (out_features, in_features) in self.schema.linears.items():
             try:
                 dense = model.get_submodule(name)
@@ -102,9 +108,9 @@ class TacqQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         for name in self.schema.linears:
             packed = model.get_submodule(name).packed
-            fault = check_linear(packed)
+            fault = check_linear(packed) or check_range(packed, model.dtype)
             if fault:
-                raise FormatError(f"{name}.{fault}")
+                raise FormatError(fault_line(self._files, name, fault))
             prepare(packed, model.dtype)
         for parameter in model.parameters():
             # Tensors that Transformers merges while loading keep the stored type.

@@ -141,7 +141,7 @@ def quantize_matrix(
     if config.refit_scales:
         scales = refit_scales(W - exact, H, steps, scales, dtype)
     weight = steps * scales.repeat_interleave(size, dim=1) + exact
-    if not bool(weight.isfinite().all()):
+    if not bool(weight.to(dtype).isfinite().all()):
         raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
     return GridResult(
         codes=codes,

@@ -168,6 +168,8 @@ class BaseModel:
 
     def _load(self, name: str) -> Tensor:
         stored = self.weights.load(self._stored_name(name))
+        if not bool(stored.isfinite().all()):
+            raise QuantizeError(f"{name}: a value of the model is not finite")
         # A copy: what is mapped from a file would count as this process's memory.
         return stored.to(self.device, torch.float32, copy=True)
 

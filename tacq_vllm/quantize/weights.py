@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tacq_vllm.format.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_json
+from tacq_vllm.format.checkpoint import weight_files
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.quantize.errors import QuantizeError
 
@@ -51,19 +51,10 @@ def open_weights(folder: Path) -> WeightFiles:
     Raises:
         QuantizeError: there are none, or one is missing, truncated or malformed.
     """
-    if (folder / INDEX_NAME).is_file():
-        try:
-            weight_map = read_json(folder / INDEX_NAME)["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (FormatError, KeyError, AttributeError, TypeError) as error:
-            raise QuantizeError(f"{folder / INDEX_NAME}: malformed: {error}") from error
-    elif (folder / WEIGHTS_NAME).is_file():
-        names = [WEIGHTS_NAME]
-    else:
-        raise QuantizeError(
-            f"{folder}: no {WEIGHTS_NAME} and no {INDEX_NAME}; "
-            "only safetensors are read"
-        )
+    try:
+        names = weight_files(folder)
+    except FormatError as error:
+        raise QuantizeError(f"{folder}: {error}; only safetensors are read") from error
     file_of: dict[str, str] = {}
     for name in names:
         with _open(folder / name) as file:

@@ -139,7 +139,11 @@ def test_a_weight_that_16_bits_cannot_hold(
     checkpoint_copy: Path, tmp_path: Path
 ) -> None:
     name = "model.layers.0.mlp.up_proj"
-    rewrite_tensors(checkpoint_copy, replace(f"{name}.scales", lambda t: t * 0 + 3e38))
+    rewrite_tensors(checkpoint_copy, replace(f"{name}.scales", lambda t: t * 0 + 6e4))
+    config = checkpoint_copy / "config.json"
+    text = config.read_text()
+    # The type of the model, not that of the scales, which comes after it.
+    config.write_text(text.replace('"dtype": "bfloat16"', '"dtype": "float16"', 1))
 
     with pytest.raises(QuantizeError, match=f"{name}: a weight is not finite"):
         export(checkpoint_copy, tmp_path / "out")

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from tacq_vllm.format.linear import (
     PackedLinear,
-    check_linear,
     linear_specs,
     slice_columns,
     slice_rows,
@@ -15,6 +14,7 @@ from tacq_vllm.format.linear import (
     unpack_outliers,
 )
 from tacq_vllm.format.schema import QuantizationSchema
+from tacq_vllm.format.values import check_linear
 from tacq_vllm.kernels.reference import dequantize
 from tests.builders import random_linear
 
@@ -135,9 +135,9 @@ def test_check_linear_names_the_tensor_at_fault() -> None:
     outliers[1] = -1
 
     assert check_linear(packed) is None
-    assert check_linear(replace(packed, scales=scales)) == (
+    assert str(check_linear(replace(packed, scales=scales))) == (
         "scales: a value is not finite"
     )
-    assert check_linear(replace(packed, outliers=outliers)) == (
+    assert str(check_linear(replace(packed, outliers=outliers))) == (
         "outliers: row offsets run backwards"
     )

@@ -1,8 +1,7 @@
-"""SPEC.md read by a stranger: a reader that uses nothing of the package."""
+"""SPEC.md and the package say the same."""
 
 import json
 import re
-import struct
 from pathlib import Path
 
 import pytest
@@ -14,74 +13,10 @@ from tacq_vllm.format.linear import linear_specs, pack_linear
 from tacq_vllm.format.outliers import select_outliers
 from tacq_vllm.format.validation import find_faults, load_linear
 from tacq_vllm.kernels.reference import dequantize
+from tests.spec_reader import read_weight
 
 SPEC = Path(tacq_vllm.format.__file__).with_name("SPEC.md")
 FROZEN = Path(__file__).parents[1] / "data" / "frozen-v1"
-
-
-def bfloat16(pattern: int) -> float:
-    return struct.unpack("<f", struct.pack("<I", pattern << 16))[0]
-
-
-def read_tensor(path: Path, name: str) -> tuple[list[int], list[int]]:
-    """Shape and unsigned words of a stored tensor, from the raw file."""
-    content = path.read_bytes()
-    (size,) = struct.unpack_from("<Q", content)
-    entry = json.loads(content[8 : 8 + size])[name]
-    start, stop = (8 + size + offset for offset in entry["data_offsets"])
-    letter = {"I32": "I", "BF16": "H"}[entry["dtype"]]
-    width = struct.calcsize(letter)
-    words = struct.unpack(f"<{(stop - start) // width}{letter}", content[start:stop])
-    return entry["shape"], list(words)
-
-
-def read_weight(path: Path, name: str, config: dict) -> list[list[float]]:
-    """W as SPEC.md defines it, one number at a time."""
-    out, in_ = config["linears"][name]
-    bits = config["bits"]
-    group = in_ if config["group_size"] == -1 else config["group_size"]
-    groups = in_ // group
-    width = 4 if bits == 4 else 2
-    tensors = {
-        part: read_tensor(path, f"{name}.{part}")
-        for part in ("qweight", "scales", "qzeros", "outliers")
-    }
-    if bits == 3:
-        for part in ("qweight_high", "qzeros_high"):
-            tensors[part] = read_tensor(path, f"{name}.{part}")
-
-    def code(row: int, column: int) -> int:
-        def field(part: str, width: int) -> int:
-            (_, words), values = tensors[part]
-            per = 32 // width
-            word = values[row * words + column // per]
-            return (word >> (width * (column % per))) & (2**width - 1)
-
-        low = field("qweight", width)
-        return low + 4 * field("qweight_high", 1) if bits == 3 else low
-
-    def zero(row: int, index: int) -> int:
-        def field(part: str, width: int) -> int:
-            per = 32 // width
-            word = tensors[part][1][row // per * groups + index]
-            return (word >> (width * (row % per))) & (2**width - 1)
-
-        low = field("qzeros", width)
-        return low + 4 * field("qzeros_high", 1) if bits == 3 else low
-
-    weight = [
-        [
-            (code(r, k) - zero(r, k // group))
-            * bfloat16(tensors["scales"][1][r * groups + k // group])
-            for k in range(in_)
-        ]
-        for r in range(out)
-    ]
-    table = tensors["outliers"][1]
-    for r in range(out):
-        for entry in table[out + 1 + table[r] : out + 1 + table[r + 1]]:
-            weight[r][entry & 0xFFFF] += bfloat16(entry >> 16)
-    return weight
 
 
 def test_the_worked_example():

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 import tacq_vllm.integrations.transformers  # noqa: F401 - registers the quantizer
-from tacq_vllm.format.checkpoint import CONFIG_NAME, INDEX_NAME, read_json
+from tacq_vllm.format.checkpoint import CONFIG_NAME, INDEX_NAME
+from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.layers import TacqLinear
 

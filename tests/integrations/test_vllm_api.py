@@ -1,5 +1,6 @@
 """A live server: it says what the other readers say, to clients of every kind."""
 
+import asyncio
 import json
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from openai import BadRequestError, OpenAI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tacq_vllm.integrations.transformers  # noqa: F401
+from benchmarks.soak import soak
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -228,3 +230,13 @@ def test_200_chats_in_the_benchmark_of_vllm(
     assert len(short) == 200
     assert figures["completed"] == 200
     assert figures["failed"] == 0
+
+
+def test_under_load_for_a_while(served: OpenAI) -> None:
+    result = asyncio.run(soak(str(served.base_url), requests=100, at_once=16))
+
+    assert result["errors"] == []
+    assert result["same_answers"]
+    assert result["answered"] > 60
+    assert result["vanished"] > 0
+    assert result["refused"] > 0

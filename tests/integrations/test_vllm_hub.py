@@ -12,7 +12,9 @@ pytest.importorskip("openai", reason="the openai client is not installed")
 
 from openai import OpenAI
 
+from tacq_vllm.format.validation import find_faults
 from tests.builders import save_sharded
+from tests.hostile.kinds import KINDS
 from tests.hub_server import Hub
 from tests.integrations.asking import make_prompts, transformers_tokens, vllm_worker
 from tests.integrations.conftest import FamilyCheckpoint
@@ -23,6 +25,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 TACQ = Path(sys.executable).with_name("tacq")
 REPO = "someone/llama-TaCQ-w3"
+BROKEN = "someone/broken"
 
 
 def test_what_is_pushed_is_served(
@@ -55,10 +58,12 @@ def test_what_is_pushed_is_served(
     assert len(hub.served("safetensors$")) > 2
 
 
-def test_what_is_not_there_is_named(
+def test_what_is_broken_or_not_there_is_named(
     hub: Hub, family_checkpoint: FamilyCheckpoint, tmp_path: Path
 ) -> None:
-    """By vLLM itself, which has not read yet that it is a TaCQ checkpoint."""
+    """What is not there by vLLM itself, which cannot know that it should be TaCQ's."""
+    broken = KINDS["no norm"].make(tmp_path / "broken")
+    hub.add(BROKEN, {path.name: path.read_bytes() for path in broken.iterdir()})
     files = {
         path.name: path.read_bytes() for path in family_checkpoint("llama").iterdir()
     }
@@ -70,6 +75,7 @@ def test_what_is_not_there_is_named(
         secret = worker(Path("org/secret"))
         missing = worker(Path("org/nowhere"))
         revision = worker(Path("org/open"), revision="v9")
+        refused = worker(Path(BROKEN))
 
     unseen = "is not a local folder and is not a valid model identifier"
     for answer, line in (
@@ -80,3 +86,6 @@ def test_what_is_not_there_is_named(
         assert answer.code != 0
         assert line in answer.log
     assert "make sure to pass a token" in secret.log
+    # Before a worker starts, as of a folder.
+    assert refused.code != 0
+    assert find_faults(broken)[0] in refused.log_lines[-1]

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders import rewrite_schema, truncate
+from tests.builders import truncate
+from tests.hostile.kinds import KINDS
 from tests.serving import ENVIRONMENT, refusal
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytest.importorskip("openai", reason="the openai client is not installed")
 
 from tacq_vllm.format.inspection import inspect_checkpoint
+from tacq_vllm.format.validation import find_faults
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -87,19 +89,14 @@ def test_wrong_flag(tiny_checkpoint):
     assert_refused(tiny_checkpoint, reason, "--quantization", "gptq")
 
 
-def test_flag_on_a_model_that_is_not_quantized(tiny_llama):
-    reason = "config.json has no quantization_config"
-    assert_refused(tiny_llama(), reason, "--quantization", "tacq")
-
-
 def test_truncated_shard(checkpoint_copy):
     truncate(checkpoint_copy / "model.safetensors", 100)
     assert_refused(checkpoint_copy, "model.safetensors: truncated")
 
 
-def test_later_format_version(checkpoint_copy):
-    rewrite_schema(checkpoint_copy, format_version=2)
-    assert_refused(checkpoint_copy, "install a newer tacq-vllm")
+def test_values_that_a_kernel_must_not_see(tmp_path):
+    folder = KINDS["a column too far"].make(tmp_path / "broken")
+    assert_refused(folder, find_faults(folder)[0], "--max-model-len", "64")
 
 
 def test_more_ranks_than_the_linears_can_be_cut_for(tiny_checkpoint):

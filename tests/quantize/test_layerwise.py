@@ -280,7 +280,7 @@ def test_linears_that_cannot_be_quantized_are_named(
     model_copy: Path, tmp_path: Path, tiny_recipe: Recipe, module: str, linears: str
 ) -> None:
     weight = f"model.layers.{module}.weight"
-    rewrite_tensors(model_copy, lambda tensors: tensors[weight].fill_(float("inf")))
+    rewrite_tensors(model_copy, lambda tensors: tensors[weight].fill_(1e38))
     base = open_model(model_copy, tmp_path / "work")
     folder = WorkDir(tmp_path / "work").phase("gptq", {})
 

@@ -1,6 +1,5 @@
 """The `QuantizationConfig` that vLLM builds from a checkpoint's config.json."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from tacq_vllm.format.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from tacq_vllm.format.schema import (
     QUANT_METHOD,
     FormatError,
@@ -19,6 +17,7 @@ from tacq_vllm.format.schema import (
 )
 from tacq_vllm.format.validation import check_headers
 from tacq_vllm.integrations.vllm.errors import refuse
+from tacq_vllm.integrations.vllm.files import weights_folder
 from tacq_vllm.integrations.vllm.parallel import check_tensor_parallel_size
 from tacq_vllm.integrations.vllm.summary import LoadSummary
 
@@ -41,6 +40,8 @@ class TacqConfig(QuantizationConfig):
         self.schema = schema
         self._stored_names = {name: name for name in schema.linears}
         """Name of a linear in the checkpoint by its name in vLLM's model."""
+        self._files: dict[str, str] = {}
+        """The file of each tensor of the quantized linears, once that is known."""
         self._summary = LoadSummary(schema)
 
     @classmethod
@@ -88,14 +89,14 @@ class TacqConfig(QuantizationConfig):
     ) -> None:
         """Check what can be checked before any worker starts.
 
-        That is the number of ranks, and the headers of a local checkpoint.
+        That is the number of ranks, and the headers of the files.
         """
         self._summary.name(model_name)
         check_tensor_parallel_size(self.schema)
-        folder = Path(model_name)
-        if any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        folder = weights_folder(model_name, revision)
+        if folder is not None:
             try:
-                check_headers(folder, self.schema)
+                self._files = check_headers(folder, self.schema)
             except FormatError as error:
                 refuse(error)
 
@@ -134,7 +135,7 @@ class TacqConfig(QuantizationConfig):
                     f"{prefix}: {name} is not quantized, but what it is fused with is"
                 )
         stored_names = [name for name in stored if name]
-        return TacqLinearMethod(self.schema, stored_names, self._summary)
+        return TacqLinearMethod(self.schema, stored_names, self._files, self._summary)
 
     def _check_experts(self) -> None:
         """Leave a block's experts as they are; refuse quantized ones."""

@@ -1,5 +1,6 @@
 """The linear method: parameters on vLLM's v2 loader, and the forward pass."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from vllm.model_executor.layers.linear import (
 from tacq_vllm.format.linear import (
     PLANE_SUFFIXES,
     PackedLinear,
-    check_linear,
     tensor_names,
 )
 from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS, packed_size
 from tacq_vllm.format.schema import QuantizationSchema, num_groups
+from tacq_vllm.format.validation import fault_line
+from tacq_vllm.format.values import LinearFault, check_range, check_scales
 from tacq_vllm.integrations.vllm.errors import refuse
 from tacq_vllm.integrations.vllm.params import (
     ChannelScaleParameter,
@@ -43,14 +45,20 @@ class TacqLinearMethod(LinearMethodBase):
     Args:
         schema: the checkpoint's quantization block.
         names: the linears in the checkpoint that make up this one.
+        files: the file of each of their tensors, where that is known.
         summary: what is told when the weights are there.
     """
 
     def __init__(
-        self, schema: QuantizationSchema, names: list[str], summary: LoadSummary
+        self,
+        schema: QuantizationSchema,
+        names: list[str],
+        files: Mapping[str, str],
+        summary: LoadSummary,
     ) -> None:
         self.schema = schema
         self.names = names
+        self.files = files
         self.summary = summary
         summary.expect_linear()
 
@@ -124,9 +132,11 @@ class TacqLinearMethod(LinearMethodBase):
                 in_features=input_size,
                 local_in_features=input_size_per_partition,
                 value_dtype=schema.torch_dtype,
+                files=self.files,
             ),
         )
         self.num_parts = len(parts)
+        self.tables = tables
         self.in_features = input_size_per_partition
         self.x_dtype = params_dtype
         load_format = get_current_vllm_config().load_config.load_format
@@ -145,10 +155,11 @@ class TacqLinearMethod(LinearMethodBase):
             table = layer.outliers.dummy()
         else:
             self._check_loaded(layer)
+            self._check_scales(layer.scales.data)
             table = layer.outliers.merged()
         layer.outliers = Parameter(table, requires_grad=False)
         packed = self._packed(layer)
-        fault = check_linear(packed)
+        fault = check_range(packed, self.x_dtype)
         if fault:
             refuse(f"{', '.join(self.names)}: {fault}")
         prepare(packed, self.x_dtype)
@@ -201,6 +212,15 @@ class TacqLinearMethod(LinearMethodBase):
                 f"{', '.join(self.names)}: {local_rows} output features on a rank, "
                 f"which cuts through a word of {WORD_BITS}"
             )
+
+    def _check_scales(self, scales: Any) -> None:
+        """Refuse what no weight has; the tables were checked when they came."""
+        rows = [table.local_rows for table in self.tables]
+        for table, own in zip(self.tables, scales.split(rows), strict=True):
+            reason = check_scales(own, self.schema.bits)
+            if reason:
+                fault = LinearFault("scales", reason)
+                refuse(fault_line(self.files, table.name, fault))
 
     def _check_loaded(self, layer: torch.nn.Module) -> None:
         for name in tensor_names(self.schema.bits):

@@ -4,6 +4,7 @@ vLLM does not notice a tensor of a quantized model that is missing from the
 checkpoint, so every parameter here counts the shards it was given.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from tacq_vllm.format.outliers import (
     slice_outlier_columns,
     slice_outlier_rows,
 )
+from tacq_vllm.format.validation import fault_line
+from tacq_vllm.format.values import LinearFault
 from tacq_vllm.integrations.vllm.errors import refuse
 
 ShardId = int | str | tuple[int, ...] | None
@@ -131,9 +134,11 @@ class OutlierParameter(TrackedParameter):
         in_features: int,
         local_in_features: int,
         value_dtype: torch.dtype,
+        files: Mapping[str, str],
         **kwargs: Any,
     ) -> None:
         self.tables = tables
+        self.files = files
         self.in_features = in_features
         self.local_in_features = local_in_features
         self.value_dtype = value_dtype
@@ -175,7 +180,7 @@ class OutlierParameter(TrackedParameter):
         if fault is None and stored.numel() != table.rows + 1 + table.nnz:
             fault = f"has {stored.numel()} words, not those of {table.nnz} entries"
         if fault:
-            refuse(f"{table.name}.outliers: {fault}")
+            refuse(fault_line(self.files, table.name, LinearFault("outliers", fault)))
         return decode_outliers(stored, table.rows, self.value_dtype)
 
     def _cut(self, table: StoredTable, outliers: Outliers) -> Outliers:

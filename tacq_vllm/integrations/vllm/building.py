@@ -1,0 +1,20 @@
+"""The configuration that vLLM is making while it asks a quantization method."""
+
+import inspect
+
+from vllm.config import VllmConfig
+
+
+def config_in_the_making() -> VllmConfig | None:
+    """What is being made, in the process that serves; None elsewhere.
+
+    vLLM shows its quantization methods neither the parallel configuration nor that of
+    loading before they are in the workers, so this looks at who is calling.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__post_init__" and isinstance(owner, VllmConfig):
+            return owner
+        frame = frame.f_back
+    return None

@@ -1,0 +1,1 @@
+"""Broken checkpoints, made from a good one, and what every reader says of them."""

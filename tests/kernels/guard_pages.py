@@ -1,0 +1,97 @@
+"""Run the CPU kernels on tensors that end, or begin, where memory does.
+
+    python -m tests.kernels.guard_pages exact|int8
+
+A page that nobody may touch lies right after each tensor, or right before it: a kernel
+that reads or writes a byte too many ends this program with a fault.
+"""
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacq_vllm.format.linear import PackedLinear
+from tests.builders import random_input, random_linear
+
+PAGE = mmap.PAGESIZE
+PROT_NONE = 0
+KEPT: list[mmap.mmap] = []
+"""As long as the program runs: what is freed could be mapped again."""
+
+SHAPES = ((1, 32, -1), (33, 96, 32), (70, 160, 16), (64, 256, -1))
+TOKENS = (1, 3, 20)
+BITS = {"exact": (2, 3, 4), "int8": (3,)}
+"""The kernels for int8 take long to compile; 3 bits have all the tensors."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def guarded(shape: Sequence[int], dtype: torch.dtype, before: bool) -> Tensor:
+    """An empty tensor beside a page that must not be touched."""
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    room = -(-max(nbytes, 1) // PAGE) * PAGE
+    block = mmap.mmap(-1, room + 2 * PAGE)
+    KEPT.append(block)
+    whole = torch.frombuffer(block, dtype=torch.uint8)
+    for guard in (0, PAGE + room):
+        if _libc.mprotect(whole.data_ptr() + guard, PAGE, PROT_NONE):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    start = PAGE if before else PAGE + room - nbytes
+    return whole[start : start + nbytes].view(dtype).view(shape)
+
+
+def guarded_copy(tensor: Tensor, before: bool) -> Tensor:
+    """A copy beside a page that must not be touched."""
+    return guarded(tensor.shape, tensor.dtype, before).copy_(tensor)
+
+
+def main() -> None:
+    """Multiply weights of every kind; what is wrong ends the program."""
+    (way,) = sys.argv[1:]
+    os.environ["TACQ_CPU_ACTIVATIONS"] = way
+    for bits in BITS[way]:
+        for seed, (rows, columns, group) in enumerate(SHAPES):
+            plain, _ = random_linear(
+                bits, rows, columns, group, 0.1, torch.bfloat16, seed
+            )
+            for before in (False, True):
+                for tokens in TOKENS:
+                    x_dtype = torch.float32 if way == "exact" else torch.bfloat16
+                    x = random_input(tokens, columns, dtype=x_dtype)
+                    multiply_guarded(x, plain, before)
+                    print(bits, rows, columns, group, tokens, before, flush=True)
+
+
+def multiply_guarded(x: Tensor, plain: PackedLinear, before: bool) -> None:
+    """Multiply with every tensor guarded, those that the kernel makes too."""
+    from tacq_vllm.kernels.cpu_linear import multiply, supports
+
+    assert supports(plain, x.dtype)
+    expected = multiply(x, plain, None)
+    tensors = {
+        name: guarded_copy(tensor, before) for name, tensor in plain.tensors().items()
+    }
+    packed = PackedLinear.from_tensors(tensors, plain.bits, plain.in_features)
+    x, real = guarded_copy(x, before), torch.empty
+
+    def empty(*sizes: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        shape = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+        return guarded(shape, dtype, before)
+
+    torch.empty = empty
+    try:
+        out = multiply(x, packed, None)
+    finally:
+        torch.empty = real
+    assert torch.equal(out, expected)
+
+
+if __name__ == "__main__":
+    main()
