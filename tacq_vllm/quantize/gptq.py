@@ -30,38 +30,23 @@ class Hessian:
     """The second-moment matrix of a linear's inputs, summed over tokens."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        # The upper triangle; of what lies below, the diagonal's blocks alone. In
-        # float64 the order of additions, and so the number of processes, is no matter.
-        self._total = torch.zeros(
+        self.total = torch.zeros(
             in_features, in_features, dtype=torch.float64, device=device
         )
-        self._waiting: list[Tensor] = []
-        self._num_waiting = 0
+        """The sum so far: its upper triangle; of what lies below, the diagonal's blocks
+        alone. In float64 the order of additions, and so the number of processes, is no
+        matter."""
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, x: Tensor) -> None:
         """Add inputs [..., in]."""
         x = x.reshape(-1, x.shape[-1]).to(torch.float32)
         self.tokens += x.shape[0]
-        self._num_waiting += x.shape[0]
-        self._waiting.append(x)
-        if self._num_waiting >= _HESSIAN_TOKENS:
-            self._multiply()
-
-    @property
-    def total(self) -> Tensor:
-        """The sum so far: float64 [in, in], its lower triangle incomplete."""
-        if self._waiting:
-            self._multiply()
-        return self._total
-
-    def _multiply(self) -> None:
-        tokens = torch.cat(self._waiting)
-        self._waiting, self._num_waiting = [], 0
-        for x in tokens.split(_HESSIAN_TOKENS):
-            for start in range(0, x.shape[1], _HESSIAN_COLUMNS):
+        for part in x.split(_HESSIAN_TOKENS):
+            for start in range(0, part.shape[1], _HESSIAN_COLUMNS):
                 stop = start + _HESSIAN_COLUMNS
-                self._total[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+                product = part[:, start:stop].T @ part[:, start:]
+                self.total[start:stop, start:] += product
 
     def mean(self) -> Tensor:
         """The sum over its number of tokens: float32 [in, in]."""

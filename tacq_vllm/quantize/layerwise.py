@@ -31,7 +31,10 @@ from tacq_vllm.quantize.world import World
 _BATCH_TOKENS = 4096
 """Tokens that go through a block at once."""
 
-_MIN_BATCHES = 16
+_UNIT_TOKENS = 512
+"""Batches of short samples are measured together, until they have so many tokens."""
+
+_MIN_UNITS = 16
 """Into which a short calibration text is cut, so that processes can share it."""
 
 _MEMORY_SHARE = 0.25
@@ -123,22 +126,28 @@ class BlockPass:
         self._folder = folder
         self._world = world
         self._calls = BlockCalls(base)
-        self._batches: list[tuple[int, Tensor]] = []
+        self._units: list[list[tuple[int, Tensor]]] = []
         self._stride = 0
         if not rounder.needs_inputs:
             return
         total = sum(sample.tokens.numel() for sample in samples)
-        # The same batches in any number of processes: so are their sums.
-        size = min(_BATCH_TOKENS, -(-total // _MIN_BATCHES))
+        # The same units in any number of processes: so are their sums.
+        size = min(_BATCH_TOKENS, -(-total // _MIN_UNITS))
         batches = batch_windows([sample.tokens for sample in samples], size)
-        if len(batches) < world.size:
+        units = _join_short(list(enumerate(batches)), min(_UNIT_TOKENS, size))
+        if len(units) < world.size:
             raise QuantizeError(
-                f"{world.size} processes share {len(batches)} batches of calibration "
+                f"{world.size} processes share {len(units)} batches of calibration "
                 "samples: start fewer, or give more text"
             )
-        self._batches = world.share(list(enumerate(batches)))
+        self._units = world.share(units)
         if rounder.sample_tokens:
             self._stride = -(-total // rounder.sample_tokens)
+
+    @property
+    def _batches(self) -> list[tuple[int, Tensor]]:
+        """This process's batches of tokens [n, seq_len], with their numbers."""
+        return [batch for unit in self._units for batch in unit]
 
     def run(self, phase: str, progress: Progress) -> QuantizedBlocks:
         """Quantize the blocks that are not in the folder yet.
@@ -252,13 +261,14 @@ class BlockPass:
         """Go through a group's inputs once."""
         hessian: Hessian | None = None
         sample: list[Tensor] = []
-        for x in xs:
+        for unit in self._units:
+            x = torch.cat([next(xs).flatten(0, -2) for _ in unit])
             hessian = hessian or Hessian(x.shape[-1], x.device)
             hessian.add(x)
             if self._stride:
-                chosen = x.flatten(0, -2)[:: self._stride]
                 # A copy: a view would keep all inputs in memory.
-                sample.append(chosen.to(torch.float32, copy=True))
+                chosen = x[:: self._stride].to(torch.float32, copy=True)
+                sample.append(chosen)
         assert hessian is not None
         self._world.add_up(hessian.total)
         self._world.add_up(hessian.tokens)
@@ -277,6 +287,21 @@ class BlockPass:
             error=relative_error(W, rounded.weight, inputs.H if inputs else None),
             damp_percent=rounded.damp_percent,
         )
+
+
+def _join_short(
+    batches: list[tuple[int, Tensor]], tokens: int
+) -> list[list[tuple[int, Tensor]]]:
+    """Join neighbouring batches until they have so many tokens."""
+    units: list[list[tuple[int, Tensor]]] = []
+    missing = 0
+    for number, batch in batches:
+        if missing <= 0:
+            units.append([])
+            missing = tokens
+        units[-1].append((number, batch))
+        missing -= batch.numel()
+    return units
 
 
 def _block(index: int) -> str:
