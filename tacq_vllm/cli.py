@@ -8,16 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from tacq_vllm import cli_convert, cli_show
+from tacq_vllm import cli_convert, cli_recover, cli_show
+from tacq_vllm.cli_options import DeviceOption, InputError, torch_device
 from tacq_vllm.terminal import err, open_listener
-
-if TYPE_CHECKING:
-    import torch
-
 
 app = typer.Typer(
     name="tacq",
@@ -56,14 +53,6 @@ class SaliencyOption(StrEnum):
     grad = "grad"
     fisher = "fisher"
     magnitude = "magnitude"
-
-
-class DeviceOption(StrEnum):
-    """Values of --device."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 def main() -> None:
@@ -159,7 +148,7 @@ def quantize(
         check_output(output)
         transformers_logging.disable_progress_bar()
         with (
-            open_world(_torch_device(device)) as (world, own_device),
+            open_world(torch_device(device)) as (world, own_device),
             open_workdir(work_dir, output, world) as folder,
             open_listener(world.leads) as listener,
         ):
@@ -300,26 +289,13 @@ def _one_line_errors() -> Iterator[None]:
 
 
 app.command("import")(_one_line_errors()(cli_convert.import_checkpoint))
+app.command("recover")(_one_line_errors()(cli_recover.recover_checkpoint))
 app.command("export")(_one_line_errors()(cli_convert.export_checkpoint))
-
-
-class InputError(ValueError):
-    """Options that do not fit the machine."""
 
 
 def _fail(message: str) -> None:
     err.print(f"tacq: {message}", style="red", highlight=False, markup=False)
     raise typer.Exit(2)
-
-
-def _torch_device(option: DeviceOption) -> "torch.device":
-    import torch
-
-    available = torch.cuda.is_available()
-    if option is DeviceOption.cuda and not available:
-        raise InputError("--device cuda, but PyTorch sees no CUDA device")
-    use_cuda = available and option is not DeviceOption.cpu
-    return torch.device("cuda" if use_cuda else "cpu")
 
 
 def _whole_checkpoint(checkpoint: str, revision: str | None) -> Path:

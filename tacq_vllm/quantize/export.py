@@ -6,9 +6,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from tacq_vllm.config import Recipe, StorageDtype
+from tacq_vllm.config import Recipe, StorageDtype, published_choices
 from tacq_vllm.format.checkpoint import CheckpointWriter
 from tacq_vllm.format.parallel import tensor_parallel_sizes
 from tacq_vllm.format.schema import (
@@ -66,7 +65,7 @@ def export_checkpoint(
             tensor_parallel_sizes=_tensor_parallel_sizes(
                 base, shapes, recipe.group_size
             ),
-            recipe=_published_recipe(recipe),
+            recipe=published_choices(recipe),
         )
         rows = [json.dumps(asdict(report)) + "\n" for report in reports]
         (folder / REPORT_NAME).write_text("".join(rows))
@@ -129,11 +128,3 @@ def _write_config(folder: Path, base: BaseModel, schema: QuantizationSchema) -> 
     config.dtype = storage_dtype(schema.dtype)
     config.quantization_config = schema.model_dump(mode="json")
     config.save_pretrained(folder)
-
-
-def _published_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a checkpoint tells it: files without their folders."""
-    content = recipe.model_dump(mode="json")
-    sources = content["calibration"]["sources"]
-    content["calibration"]["sources"] = [Path(source).name for source in sources]
-    return content

@@ -10,20 +10,16 @@ on: a run goes on where one before it has stopped, and one with another ratio or
 bits finds the gradients.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
 from torch import Tensor
 
-from tacq_vllm import __version__
 from tacq_vllm.config import Recipe
-from tacq_vllm.data.sets import NAMED_SETS
 from tacq_vllm.format.schema import check_linear_shape
-from tacq_vllm.quantize import calibration, gradients
+from tacq_vllm.quantize import gradients
+from tacq_vllm.quantize.calibration import calibrate
+from tacq_vllm.quantize.depends import Depends, common_depends, digest
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.export import WriteCard, export_checkpoint
 from tacq_vllm.quantize.layerwise import GptqPass, Masks, QuantizedBlocks
@@ -44,8 +40,6 @@ from tacq_vllm.quantize.workdir import (
     fingerprint,
 )
 from tacq_vllm.quantize.world import World
-
-Depends = dict[str, Any]
 
 
 def quantize_model(
@@ -77,59 +71,15 @@ def quantize_model(
     check_output(output)
     _check_model(base, recipe, progress)
     world = world or World()
-    common = _common_depends(base, world)
-    samples = _calibrate(base, recipe, common, data_root, workdir, progress, world)
+    common = common_depends(base, world)
+    samples = calibrate(
+        base, recipe.calibration, common, data_root, workdir, progress, world
+    )
     run = _Run(base, recipe, samples, common, workdir, progress, world)
     blocks = run.quantize()
     if world.leads:
         export_checkpoint(base, recipe, output, blocks, progress, write_card)
     world.wait()
-
-
-def _common_depends(base: BaseModel, world: World) -> Depends:
-    """What every phase depends on."""
-    return {
-        "model": base.fingerprint(),
-        "device": base.device.type,
-        "processes": world.size,
-        "versions": {
-            "tacq_vllm": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def _calibrate(
-    base: BaseModel,
-    recipe: Recipe,
-    common: Depends,
-    data_root: Path | None,
-    workdir: WorkDir,
-    progress: Progress,
-    world: World,
-) -> list[Sample]:
-    config = recipe.calibration
-    files = [Path(source) for source in config.sources if Path(source).is_file()]
-    depends = {
-        **common,
-        "calibration": config.model_dump(mode="json"),
-        "tokenizer": _digest(sorted(base.tokenizer.get_vocab().items())),
-        "chat_template": getattr(base.tokenizer, "chat_template", None),
-        "files": [_digest([path.read_bytes()]) for path in files],
-        "data_root": _named_files(config.sources, data_root),
-    }
-    with world.leader_first():
-        folder = workdir.phase(calibration.PHASE, depends)
-        samples = calibration.calibration_samples(
-            base, config, data_root, folder, progress
-        )
-    if len(samples) < world.size:
-        raise QuantizeError(
-            f"{world.size} processes share {len(samples)} calibration samples: start "
-            "fewer, or give more text"
-        )
-    return samples
 
 
 class _Run:
@@ -151,7 +101,7 @@ class _Run:
         self._workdir = workdir
         self._progress = progress
         self._world = world
-        tokens = _digest(sample.tokens.numpy().tobytes() for sample in samples)
+        tokens = digest(sample.tokens.numpy().tobytes() for sample in samples)
         self._common = {**common, "tokens": tokens}
 
     def quantize(self) -> QuantizedBlocks:
@@ -223,7 +173,7 @@ class _Run:
     def _gradient_depends(self) -> Depends:
         return {
             **self._common,
-            "scored": _digest(s.scored.numpy().tobytes() for s in self._samples),
+            "scored": digest(s.scored.numpy().tobytes() for s in self._samples),
             "power": gradient_power(self._recipe.outliers.saliency),
         }
 
@@ -267,21 +217,3 @@ def _check_model(base: BaseModel, recipe: Recipe, progress: Progress) -> None:
             f"{next(iter(left))} and {len(left) - 1} more modules are not quantized "
             f"and stay in 16 bits: {share:.1%} of the weights of the blocks"
         )
-
-
-def _named_files(sources: Iterable[str], data_root: Path | None) -> list[list[Any]]:
-    """Names, sizes and times of the files that named sets may be read from."""
-    folders = [data_root / name for name in sources if data_root and name in NAMED_SETS]
-    return [
-        [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns]
-        for folder in folders
-        for path in sorted(folder.glob("*.*"))
-    ]
-
-
-def _digest(parts: Iterable[object]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        content = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
