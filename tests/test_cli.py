@@ -31,7 +31,7 @@ from tests.conftest import make_chat_tokenizer
 from tests.convert.sources import save_gptq
 
 TACQ = Path(sys.executable).parent / "tacq"
-COMMANDS = ["quantize", "inspect", "verify", "push", "doctor", "import", "export"]
+COMMANDS = "quantize recover inspect verify push doctor import export".split()
 
 
 def tacq(*arguments: str | Path) -> Result:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from tacq_vllm.format.checkpoint import CheckpointReader
 from tacq_vllm.format.schema import QuantizationSchema, num_groups
@@ -214,7 +214,8 @@ def _checkpoint_blocks(model: PreTrainedModel) -> None:
 @contextmanager
 def _decoder_gives(model: PreTrainedModel, states: Tensor) -> Iterator[None]:
     decoder = model.get_decoder()
-    output = BaseModelOutputWithPast(last_hidden_state=states)
+    # It has all fields that any decoder's output has.
+    output = MoeModelOutputWithPast(last_hidden_state=states)
     decoder.forward = lambda *args, **kwargs: output
     try:
         yield
