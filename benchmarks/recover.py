@@ -51,9 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "model", help="the 16-bit model: a Hub id, folder or .gguf file"
-    )
+    parser.add_argument("model", help="a Hub id, a folder or a .gguf file")
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--data-root", type=Path, help="named sets; without: the Hub")
     parser.add_argument("--runs", default="magnitude:15,lora:15,both:15,both:60")
@@ -67,90 +65,99 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
 
-    workdir = WorkDir(arguments.work_dir)
-    base = open_base_model(arguments.model, CPU, workdir)
+    base = open_base_model(arguments.model, CPU, WorkDir(arguments.work_dir))
     texts = {
         task: held_out_texts(base, task, arguments.data_root, arguments.items)
         for task in arguments.tasks.split(",")
     }
-    machine = {
-        "model": base.name,
-        "cpu_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-    def losses_of(folder: Path) -> dict[str, float]:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return mean_losses(model.dequantize(), texts)
-
-    def keep(row: dict[str, Any]) -> None:
-        report(arguments.output, machine | row)
-
-    if not find(arguments.output, checkpoint="16-bit"):
+    results = Results(arguments.output, base.name)
+    if not results.find(checkpoint="16-bit"):
         with base.resident() as model:
             losses = mean_losses(model, texts)
-        keep({"checkpoint": "16-bit", "run": "", "losses": losses})
+        results.add(checkpoint="16-bit", run="", losses=losses)
     for checkpoint in arguments.checkpoints:
-        if not find(arguments.output, checkpoint=checkpoint.name, run="start"):
-            bits = inspect_checkpoint(checkpoint).effective_bits
-            start = {"checkpoint": checkpoint.name, "run": "start"}
-            keep(start | {"effective_bits": bits, "losses": losses_of(checkpoint)})
+        start = {"checkpoint": checkpoint.name, "run": "start"}
+        if not results.find(**start):
+            results.add(**start, **measure(checkpoint, texts))
+    options = " ".join(arguments.options)
     for run, checkpoint in product(arguments.runs.split(","), arguments.checkpoints):
-        what, _, minutes = run.partition(":")
-        options = " ".join(arguments.options)
-        row: dict[str, Any] = {
-            "checkpoint": checkpoint.name,
-            "run": run,
-            "calibration": arguments.calibration,
-            "options": options,
-        }
-        if find(arguments.output, **row):
-            continue
-        fields = {"train": what, "budget": float(minutes), "budget_unit": "minutes"}
-        for option in options.split():
-            name, _, value = option.partition("=")
-            fields[name] = yaml.safe_load(value)
-        config = RecoverConfig(
-            gradient_checkpointing=False,
-            calibration=CalibrationConfig(
-                sources=(arguments.calibration,),
-                num_samples=arguments.num_samples,
-                seq_len=arguments.seq_len,
-            ),
+        what = {"checkpoint": checkpoint.name, "run": run, "options": options}
+        what["calibration"] = arguments.calibration
+        if not results.find(**what):
+            results.add(**what, **train(checkpoint, run, texts, arguments))
+    print_table(results.rows)
+
+
+def train(
+    checkpoint: Path, run: str, texts: Texts, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Train a checkpoint as WHAT:MINUTES says, and measure it."""
+    trained, _, minutes = run.partition(":")
+    fields = {"train": trained, "budget": float(minutes), "budget_unit": "minutes"}
+    for option in arguments.options:
+        name, _, value = option.partition("=")
+        fields[name] = yaml.safe_load(value)
+    calibration = CalibrationConfig(
+        sources=(arguments.calibration,),
+        num_samples=arguments.num_samples,
+        seq_len=arguments.seq_len,
+    )
+    config = RecoverConfig(gradient_checkpointing=False, calibration=calibration)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_listener(leads=True) as listener,
+    ):
+        output = Path(folder) / "recovered"
+        recover_checkpoint(
+            checkpoint,
+            arguments.model,
+            override_recipe(config, fields),
+            output,
+            CPU,
+            WorkDir(arguments.work_dir),
+            Progress(listener),
+            lambda staged, schema: None,
+            arguments.data_root,
         )
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            open_listener(leads=True) as listener,
-        ):
-            output = Path(folder) / "recovered"
-            recover_checkpoint(
-                checkpoint,
-                arguments.model,
-                override_recipe(config, fields),
-                output,
-                CPU,
-                workdir,
-                Progress(listener),
-                lambda staged, schema: None,
-                arguments.data_root,
-            )
-            steps = [json.loads(line) for line in (output / "loss.jsonl").open()]
-            keep(
-                row
-                | {
-                    "effective_bits": inspect_checkpoint(output).effective_bits,
-                    "losses": losses_of(output),
-                    "steps": steps[-1]["step"],
-                    "tokens": steps[-1]["tokens"],
-                    "seconds": steps[-1]["seconds"],
-                    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                    * 1024,
-                }
-            )
-    print_table(read_rows(arguments.output))
+        *_, last = map(json.loads, (output / "loss.jsonl").open())
+        figures = {name: last[name] for name in ("step", "tokens", "seconds")}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return figures | {"peak_bytes": peak} | measure(output, texts)
+
+
+def measure(checkpoint: Path, texts: Texts) -> dict[str, Any]:
+    """Bits and losses of a checkpoint."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return {
+        "effective_bits": inspect_checkpoint(checkpoint).effective_bits,
+        "losses": mean_losses(model.dequantize(), texts),
+    }
+
+
+class Results:
+    """The rows of a results file, and the machine that new ones come from."""
+
+    def __init__(self, path: Path, model: str) -> None:
+        self._path = path
+        self.rows = json.loads(path.read_text()) if path.is_file() else []
+        self._machine = {
+            "model": model,
+            "cpu_threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+
+    def find(self, **fields: object) -> bool:
+        """Whether there is a row with these fields."""
+        return any(row.items() >= fields.items() for row in self.rows)
+
+    def add(self, **fields: object) -> None:
+        """Store a row and print it."""
+        self.rows.append(self._machine | fields)
+        self._path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        print(json.dumps(self.rows[-1]), flush=True)
 
 
 def held_out_texts(
@@ -183,22 +190,6 @@ def mean_losses(model: Any, texts: Texts) -> dict[str, float]:
     return means
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows measured so far."""
-    return json.loads(path.read_text()) if path.is_file() else []
-
-
-def report(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to the results file and print it."""
-    path.write_text(json.dumps([*read_rows(path), row], indent=1) + "\n")
-    print(json.dumps(row), flush=True)
-
-
-def find(path: Path, **fields: object) -> dict[str, Any] | None:
-    """The row of the results file that has these fields."""
-    return next((r for r in read_rows(path) if r.items() >= fields.items()), None)
-
-
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print every run, with the share of the gap that it has closed."""
     (full,) = (row for row in rows if row["checkpoint"] == "16-bit")
@@ -217,7 +208,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
                 f"{row.get('effective_bits', 16):.3f}",
                 row["run"],
                 row.get("calibration", ""),
-                str(row.get("steps", "")),
+                str(row.get("step", "")),
                 f"{task} {loss:.4f}",
                 closed,
             ]

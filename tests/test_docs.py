@@ -14,6 +14,7 @@ from tacq_vllm.config import load_recipe, recipe_folder
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRANSFORMERS = (ROOT / "docs" / "transformers.md").read_text()
+RECOVER = (ROOT / "docs" / "recover.md").read_text()
 
 
 def code_blocks(language: str, page: str = README) -> list[str]:
@@ -21,7 +22,9 @@ def code_blocks(language: str, page: str = README) -> list[str]:
 
 
 def tacq_commands() -> list[str]:
-    blocks = code_blocks("") + code_blocks("", TRANSFORMERS)
+    blocks = [
+        b for page in (README, TRANSFORMERS, RECOVER) for b in code_blocks("", page)
+    ]
     lines = (line for block in blocks for line in block.splitlines())
     return [line.split("#")[0] for line in lines if line.startswith("tacq ")]
 

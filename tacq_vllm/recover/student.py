@@ -55,11 +55,7 @@ class Student(nn.Module):
 
     def linears(self) -> dict[str, TrainedLinear]:
         """The quantized linears, by the names of the checkpoint."""
-        return {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, TrainedLinear)
-        }
+        return trained_linears(self.model)
 
     def trained_state(self) -> dict[str, Tensor]:
         """The trained values by name."""
@@ -97,7 +93,7 @@ def open_student(
     replace_linears(model, schema, config)
     generator = torch.Generator().manual_seed(config.seed)
     with CheckpointReader(checkpoint) as reader:
-        for name, linear in _trained_linears(model):
+        for name, linear in trained_linears(model).items():
             linear.to_empty(device="cpu")
             packed = load_linear(reader, schema, name)
             weight = base.weight(name).cpu()
@@ -135,15 +131,18 @@ def replace_linears(
 
 def count_weights(model: PreTrainedModel) -> int:
     """Weights of the 16-bit model that one in training stands for."""
-    quantized: int = sum(linear.latent.numel() for _, linear in _trained_linears(model))
-    frozen: list[int] = [p.numel() for p in model.parameters() if not p.requires_grad]
-    return quantized + sum(frozen)
+    quantized = [m.latent.numel() for m in trained_linears(model).values()]
+    others: list[int] = [p.numel() for p in model.parameters() if not p.requires_grad]
+    return sum(quantized) + sum(others)
 
 
-def _trained_linears(model: PreTrainedModel) -> Iterator[tuple[str, TrainedLinear]]:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, TrainedLinear):
-            yield name, module
+def trained_linears(model: PreTrainedModel) -> dict[str, TrainedLinear]:
+    """The quantized linears of a model in training, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, TrainedLinear)
+    }
 
 
 def _fill(

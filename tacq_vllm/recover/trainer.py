@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from time import perf_counter
 
 import torch
 from accelerate import Accelerator
@@ -18,12 +17,12 @@ from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.world import World
 from tacq_vllm.recover.batches import (
     Batch,
-    count_steps,
     hold_out,
     plan_steps,
     split_step,
     stack_samples,
 )
+from tacq_vllm.recover.budget import Budget, Clock, learning_rate
 from tacq_vllm.recover.config import Precision, RecoverConfig
 from tacq_vllm.recover.state import History, Record, StateFolder
 from tacq_vllm.recover.student import Student
@@ -44,12 +43,13 @@ def open_accelerator(
         precision = "bf16" if faster else "fp32"
     # Every buffer is the same in all processes, and stays so.
     handler = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        kwargs_handlers=[handler],
+    )
     try:
-        yield Accelerator(
-            cpu=device.type == "cpu",
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            kwargs_handlers=[handler],
-        )
+        yield accelerator
     finally:
         # It is the process's: the next run may want another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -117,24 +117,24 @@ class Trainer:
     def _steps(self, history: History, progress: Progress) -> History:
         config = self._config
         device = self._accelerator.device
-        clock = _Clock(self._world, device, history.last.seconds)
-        limit = self._limit()
-        at = self._position(history.last)
-        left = max(1, math.ceil(limit - at))
-        train = [self._lengths[number] for number in self._train]
-        plan = plan_steps(train, config.batch_tokens, config.seed)
+        clock = Clock(self._world, device, history.last.seconds)
+        lengths = [self._lengths[number] for number in self._train]
+        plan = plan_steps(lengths, config.batch_tokens, config.seed)
+        budget = Budget(config, lengths)
+        before = budget.spent(history.last)
+        left = max(1, math.ceil(budget.limit - before))
         with progress.phase(PHASE, left) as bar:
             told = 0
             for step in islice(plan, history.last.step, None):
-                if self._position(history.last) >= limit or self._stops(history):
+                spent = budget.spent(history.last)
+                if spent >= budget.limit or self._stops(history):
                     break
-                share = self._position(history.last) / limit
-                record = self._step(step, share, history.last)
+                record = self._step(step, spent / budget.limit, history.last)
                 record = replace(record, seconds=clock.seconds())
                 history = history.add(record)
                 if record.step % config.evaluate_every == 0:
                     history = self._look_and_save(history, clock)
-                done = min(left, int(self._position(history.last) - at))
+                done = min(left, int(budget.spent(history.last) - before))
                 if done > told:
                     bar.advance(done - told, _line(history))
                     told = done
@@ -144,25 +144,6 @@ class Trainer:
             if told < left:
                 bar.advance(left - told, _line(history))
         return history
-
-    def _limit(self) -> float:
-        """The budget, in steps or in seconds."""
-        config = self._config
-        match config.budget_unit:
-            case "steps":
-                return config.budget
-            case "minutes":
-                return config.budget * 60
-            case "epochs":
-                train = [self._lengths[number] for number in self._train]
-                return count_steps(
-                    train, config.batch_tokens, config.seed, config.budget
-                )
-
-    def _position(self, record: Record) -> float:
-        """How much of the budget is spent, in its unit."""
-        is_time = self._config.budget_unit == "minutes"
-        return record.seconds if is_time else record.step
 
     def _stops(self, history: History) -> bool:
         return history.looks_since_best >= self._config.patience
@@ -219,7 +200,7 @@ class Trainer:
         self._world.add_up(sums)
         return float(sums) / self._scored(numbers)
 
-    def _look_and_save(self, history: History, clock: "_Clock") -> History:
+    def _look_and_save(self, history: History, clock: Clock) -> History:
         last = replace(history.last, held_out=self._look(), seconds=clock.seconds())
         return self._save(replace(history, records=(*history.records[:-1], last)))
 
@@ -258,32 +239,6 @@ class Trainer:
             }
             for leaf, rate in highest.items()
         ]
-
-
-def learning_rate(share: float, config: RecoverConfig) -> float:
-    """Share of the highest learning rate when a share of the budget is spent."""
-    if share < config.warmup:
-        # The first step is not lost.
-        return max(share / config.warmup, 0.1)
-    along = (share - config.warmup) / (1 - config.warmup)
-    cosine = (1 + math.cos(math.pi * min(along, 1.0))) / 2
-    return config.final_lr + (1 - config.final_lr) * cosine
-
-
-class _Clock:
-    """Seconds of a run, also of its earlier parts; the same in all processes."""
-
-    def __init__(self, world: World, device: torch.device, before: float) -> None:
-        self._world = world
-        self._device = device
-        self._start = perf_counter() - before
-
-    def seconds(self) -> float:
-        own = perf_counter() - self._start
-        own = own if self._world.leads else 0.0
-        seconds = torch.tensor(own, dtype=torch.float64, device=self._device)
-        self._world.add_up(seconds)
-        return float(seconds)
 
 
 def _line(history: History) -> str:

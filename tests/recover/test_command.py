@@ -8,8 +8,8 @@ from typer.testing import CliRunner, Result
 from tacq_vllm.cli import app
 from tacq_vllm.config import RecipeError
 from tacq_vllm.format.checkpoint import read_schema
+from tacq_vllm.recover.budget import learning_rate
 from tacq_vllm.recover.config import RecoverConfig, load_recover_config
-from tacq_vllm.recover.trainer import learning_rate
 
 SMALL = ["--num-samples", "4", "--seq-len", "16", "--steps", "1", "--device", "cpu"]
 
