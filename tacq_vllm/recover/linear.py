@@ -10,12 +10,15 @@ from torch.nn.functional import linear as dense_linear
 from tacq_vllm.format.linear import PackedLinear, pack_linear, unpack_outliers
 from tacq_vllm.format.outliers import select_outliers
 from tacq_vllm.format.packing import unpack_codes
-from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.recover.config import RecoverConfig
 from tacq_vllm.recover.quantizer import Frozen, Lattice, Trained, quantized_linear
 
 _BLOCK_WEIGHTS = 1 << 22
 """Weights of a frozen linear that are in float32 at a time: 16 MiB."""
+
+
+_START_WEIGHTS = 1 << 19
+"""Weights whose start is worked out at a time: 2 MiB, some ten times over."""
 
 
 class TrainedLinear(nn.Module):
@@ -92,8 +95,13 @@ class TrainedLinear(nn.Module):
         self.scales.copy_(packed.scales)
         self.zeros.copy_(zeros)
         codes = unpack_codes(packed.weight_planes, self.bits, packed.in_features)
-        self.latent.copy_(self._lattice.confine(base, codes, margin))
-        self.kept.copy_(dequantize(packed).view(-1)[self.kept_at])
+        step = max(1, _START_WEIGHTS // packed.in_features)
+        for start in range(0, packed.out_features, step):
+            part = slice(start, start + step)
+            rows = self._lattice.rows(part)
+            self.latent[part] = rows.confine(base[part], codes[part], margin)
+        # What the code stands for is added: 0, but in others' checkpoints.
+        self.kept.copy_(outliers.values + self._lattice.values_at_kept(codes))
         if self.magnitude is not None:
             self.magnitude.fill_(1.0)
         if self.A is not None and self.B is not None:

@@ -42,6 +42,18 @@ class Lattice:
         """View [out, in] as [out, groups, group size]."""
         return weight.view(*self.scales.shape, -1)
 
+    def rows(self, part: slice) -> "Lattice":
+        """The same of some rows, of which no weight is kept."""
+        nothing = self.kept[:0]
+        return Lattice(self.scales[part], self.zeros[part], nothing, self.max_code)
+
+    def values_at_kept(self, codes: Tensor) -> Tensor:
+        """What codes, uint8 [out, in], stand for where weights are kept: [nnz]."""
+        size = codes.shape[1] // self.scales.shape[1]
+        group = self.kept // size
+        steps = codes.view(-1)[self.kept].float() - self.zeros.view(-1)[group]
+        return steps * self.scales.view(-1)[group]
+
     def confine(self, weight: Tensor, codes: Tensor, margin: float) -> Tensor:
         """Move weights into the cells of their codes: float32 [out, in].
 
