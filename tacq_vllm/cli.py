@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tacq_vllm import cli_compare, cli_convert, cli_evaluate, cli_show
+from tacq_vllm import cli_compare, cli_convert, cli_evaluate, cli_recover, cli_show
 from tacq_vllm.cli_options import DataRoot, DeviceOption, InputError, torch_device
 from tacq_vllm.terminal import err, open_listener
 
@@ -304,6 +304,7 @@ def _one_line_errors() -> Iterator[None]:
 
 
 app.command("import")(_one_line_errors()(cli_convert.import_checkpoint))
+app.command("recover")(_one_line_errors()(cli_recover.recover_checkpoint))
 app.command("export")(_one_line_errors()(cli_convert.export_checkpoint))
 app.command("evaluate")(_one_line_errors()(cli_evaluate.evaluate))
 app.command("compare")(_one_line_errors()(cli_compare.compare))

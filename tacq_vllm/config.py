@@ -6,7 +6,7 @@ overrides single fields; the result is stored in the checkpoint.
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -21,6 +21,8 @@ from tacq_vllm.config_methods import (
 Method = Literal["tacq", "gptq", "rtn", "squeezellm", "spqr", "slim-llm"]
 SaliencyMetric = Literal["tacq", "qal", "msg", "grad", "fisher", "magnitude"]
 StorageDtype = Literal["bfloat16", "float16"]
+
+AnySection = TypeVar("AnySection", bound="Section")
 
 
 class RecipeError(ValueError):
@@ -203,28 +205,39 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise RecipeError(
             f"no recipe {name_or_path!r}: give a .yaml file or one of {known}"
         )
+    return parse_section(Recipe, read_yaml(path), source=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read the fields that a YAML file gives.
+
+    Raises:
+        RecipeError: it is not YAML, or no mapping.
+    """
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields")
-    return parse_recipe(content, source=str(path))
+    return content
 
 
-def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
-    """Validate the fields of a recipe; `source` is named in the error.
+def parse_section(
+    kind: type[AnySection], content: dict[str, Any], source: str
+) -> AnySection:
+    """Validate the fields of a recipe or section; `source` is named in the error.
 
     Raises:
         RecipeError: a field is unknown or out of range.
     """
     try:
-        return Recipe.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"{source}: {one_line(error)}") from error
 
 
-def override_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
+def override_recipe(recipe: AnySection, overrides: dict[str, Any]) -> AnySection:
     """Replace fields named by dotted paths (`calibration.seed`); None leaves as is.
 
     Raises:
@@ -239,7 +252,15 @@ def override_recipe(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
         for name in sections:
             section = section[name]
         section[field] = value
-    return parse_recipe(content, source="options")
+    return parse_section(type(recipe), content, source="options")
+
+
+def published_choices(recipe: Section) -> dict[str, Any]:
+    """A recipe as a checkpoint tells it: calibration files without their folders."""
+    content = recipe.model_dump(mode="json")
+    sources = content["calibration"]["sources"]
+    content["calibration"]["sources"] = [Path(source).name for source in sources]
+    return content
 
 
 def one_line(error: ValidationError) -> str:

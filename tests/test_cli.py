@@ -33,6 +33,7 @@ from tests.convert.sources import save_gptq
 TACQ = Path(sys.executable).parent / "tacq"
 COMMANDS = [
     "quantize",
+    "recover",
     "evaluate",
     "compare",
     "inspect",

@@ -8,7 +8,7 @@ from tacq_vllm.config import (
     RecipeError,
     load_recipe,
     override_recipe,
-    parse_recipe,
+    parse_section,
     recipe_folder,
 )
 
@@ -34,7 +34,7 @@ def test_every_recipe_loads_by_name_and_by_path(name: str) -> None:
 def test_a_recipe_survives_a_round_trip() -> None:
     recipe = load_recipe("smollm2/demo")
 
-    assert parse_recipe(recipe.model_dump(mode="json"), "again") == recipe
+    assert parse_section(Recipe, recipe.model_dump(mode="json"), "again") == recipe
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_recipe_survives_a_round_trip() -> None:
 )
 def test_bad_fields_are_named(content: dict[str, Any], reason: str) -> None:
     with pytest.raises(RecipeError, match=f"my recipe: .*{reason}") as caught:
-        parse_recipe(content, source="my recipe")
+        parse_section(Recipe, content, source="my recipe")
     assert "\n" not in str(caught.value)
 
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRANSFORMERS = (ROOT / "docs" / "transformers.md").read_text()
 EVALUATE = (ROOT / "docs" / "evaluate.md").read_text()
+RECOVER = (ROOT / "docs" / "recover.md").read_text()
 
 
 def code_blocks(language: str, page: str = README) -> list[str]:
@@ -22,7 +23,7 @@ def code_blocks(language: str, page: str = README) -> list[str]:
 
 
 def tacq_commands() -> list[str]:
-    pages = (README, TRANSFORMERS, EVALUATE)
+    pages = (README, TRANSFORMERS, EVALUATE, RECOVER)
     blocks = itertools.chain.from_iterable(code_blocks("", page) for page in pages)
     lines = (line for block in blocks for line in block.splitlines())
     return [line.split("#")[0] for line in lines if line.startswith("tacq ")]

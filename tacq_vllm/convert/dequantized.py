@@ -19,8 +19,8 @@ from tacq_vllm.format.checkpoint import (
     CheckpointWriter,
 )
 from tacq_vllm.format.json_object import read_json
-from tacq_vllm.format.schema import FormatError, QuantizationSchema, parse_schema
-from tacq_vllm.format.validation import find_faults, load_linear
+from tacq_vllm.format.schema import QuantizationSchema, parse_schema
+from tacq_vllm.format.validation import check_whole, load_linear
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
@@ -42,10 +42,7 @@ def export_dequantized(
         QuantizeError: `output` is not empty, or a weight does not fit the 16-bit type.
     """
     check_output(output)
-    faults = find_faults(source)
-    if faults:
-        more = f" (`tacq verify` names {len(faults) - 1} more)" if faults[1:] else ""
-        raise FormatError(f"{source}: {faults[0]}{more}")
+    check_whole(source)
     config = read_json(source / CONFIG_NAME)
     schema = parse_schema(config.pop("quantization_config"))
     with (

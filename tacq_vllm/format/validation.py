@@ -30,6 +30,18 @@ def find_faults(folder: Path) -> list[str]:
         return [str(error)]
 
 
+def check_whole(folder: Path) -> None:
+    """Refuse a folder in which `find_faults` finds anything.
+
+    Raises:
+        FormatError: naming the first fault.
+    """
+    faults = find_faults(folder)
+    if faults:
+        more = f" (`tacq verify` names {len(faults) - 1} more)" if faults[1:] else ""
+        raise FormatError(f"{folder}: {faults[0]}{more}")
+
+
 def check_headers(folder: Path, schema: QuantizationSchema) -> dict[str, str]:
     """Compare the headers of a folder's files with its configuration.
 

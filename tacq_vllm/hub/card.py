@@ -14,7 +14,7 @@ from tacq_vllm.format.inspection import inspect_weights
 from tacq_vllm.format.schema import QuantizationSchema
 from tacq_vllm.format.simulated import AnySchema
 from tacq_vllm.hub.license import base_license
-from tacq_vllm.hub.merge import CARD_NAME, NO_CARD, Card, merge_cards
+from tacq_vllm.hub.merge import CARD_NAME, NO_CARD, Card, merge_cards, read_card
 from tacq_vllm.hub.text import CardFacts, Origin, card_text
 from tacq_vllm.scores import Score, read_scores
 
@@ -23,6 +23,9 @@ ORIGIN_KEY = "tacq"
 
 MEASURED_WITH = "tacq evaluate"
 """In the arguments of a metric: it is ours, and goes with the scores it came from."""
+
+_ADDRESS = "THIS_FOLDER_OR_REPO"
+"""What to load, in a card that nobody has pushed."""
 
 _BITS_TAG = re.compile("[234]-bit")
 
@@ -45,7 +48,7 @@ def write_model_card(
     """
     versions = {name: version(name) for name in ("torch", "transformers")}
     facts = CardFacts(
-        address="THIS_FOLDER_OR_REPO",
+        address=_ADDRESS,
         schema=schema,
         figures=inspect_weights(folder, schema),
         scores=read_scores(folder),
@@ -56,6 +59,20 @@ def write_model_card(
         license=base_license(base_folder, hub_id),
     )
     card = make_card(facts, NO_CARD, NO_CARD)
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+
+
+def rewrite_model_card(folder: Path, schema: QuantizationSchema, source: Path) -> None:
+    """Write the card of a checkpoint that was made from another one.
+
+    Args:
+        folder: where its weight files are.
+        schema: its quantization block.
+        source: the other checkpoint; what people wrote in its card stays.
+    """
+    path = source / CARD_NAME
+    local = read_card(path, str(path)) if path.is_file() else NO_CARD
+    card = update_model_card(folder, schema, _ADDRESS, local, NO_CARD)
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 

@@ -6,6 +6,7 @@ README.md stays as it is, to the comments in its metadata.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -56,6 +57,20 @@ def parse_card(text: str, where: str) -> Card:
             f"{where}: its metadata is not valid, mend it first: {one_line(error)}"
         ) from error
     return Card(match[2], data, text[match.end() :])
+
+
+def read_card(path: Path, where: str) -> Card:
+    """Read a card and take it apart; `where` is named in the error.
+
+    Raises:
+        HubError: it is not UTF-8, or its metadata is not what the Hub takes.
+    """
+    try:
+        # With the line ends that it has.
+        with path.open(encoding="utf-8", newline="") as file:
+            return parse_card(file.read(), where)
+    except UnicodeDecodeError as error:
+        raise HubError(f"{where}: not UTF-8: {error}") from error
 
 
 def merge_cards(

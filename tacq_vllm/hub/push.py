@@ -21,7 +21,7 @@ from tacq_vllm.format.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_schema
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.hub.card import update_model_card
 from tacq_vllm.hub.errors import HubError, hub_errors
-from tacq_vllm.hub.merge import CARD_NAME, NO_CARD, Card, parse_card
+from tacq_vllm.hub.merge import CARD_NAME, NO_CARD, read_card
 
 _WEIGHTS = (WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors")
 _MAIN = "main"
@@ -77,10 +77,10 @@ def plan_push(folder: Path, repo_id: str, private: bool, revision: str | None) -
         published = NO_CARD
         if info is not None and CARD_NAME in names:
             path = hf_hub_download(repo_id, CARD_NAME, revision=info.sha)
-            published = _read_card(Path(path), f"{repo_id}/{CARD_NAME}")
+            published = read_card(Path(path), f"{repo_id}/{CARD_NAME}")
     local = NO_CARD
     if (folder / CARD_NAME).is_file():
-        local = _read_card(folder / CARD_NAME, str(folder / CARD_NAME))
+        local = read_card(folder / CARD_NAME, str(folder / CARD_NAME))
     files = _files(folder)
     return Push(
         repo_id=repo_id,
@@ -143,15 +143,6 @@ def _published(repo_id: str, branch: str) -> tuple[ModelInfo | None, bool]:
         return api.model_info(repo_id), True
     except RepositoryNotFoundError:
         return None, branch != _MAIN
-
-
-def _read_card(path: Path, where: str) -> Card:
-    try:
-        # With the line ends that it has.
-        with path.open(encoding="utf-8", newline="") as file:
-            return parse_card(file.read(), where)
-    except UnicodeDecodeError as error:
-        raise HubError(f"{where}: not UTF-8: {error}") from error
 
 
 def _files(folder: Path) -> dict[str, Path]:

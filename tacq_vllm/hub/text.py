@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tacq_vllm.config import Recipe
+from tacq_vllm.config import CalibrationConfig
 from tacq_vllm.format.inspection import Inspection
 from tacq_vllm.format.simulated import AnySchema
 from tacq_vllm.scores import Score, Scores
@@ -121,16 +121,18 @@ def _table(facts: CardFacts) -> str:
             "" if figures.paper_bits is None else f"{figures.paper_bits:.3f}"
         ),
         "weight files": f"{figures.checkpoint_bytes / 1e6:.1f} MB",
-        "calibration data": _calibration(facts.schema),
+        "calibration data": _calibration(facts.schema.recipe),
+        "trained (DL-QAT) on": _calibration(facts.schema.recipe.get("recover")),
         "made with": _versions(facts.origin.versions),
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items() if value]
     return "\n".join(["| | |", "| --- | --- |", *lines])
 
 
-def _calibration(schema: AnySchema) -> str:
+def _calibration(recipe: Any) -> str:
+    content = recipe.get("calibration") if isinstance(recipe, dict) else None
     try:
-        recipe = Recipe.model_validate(schema.recipe)
+        calibration = CalibrationConfig.model_validate(content)
     except ValidationError:
         # Loaders ignore the recipe, which may be that of another version or tool.
         return ""

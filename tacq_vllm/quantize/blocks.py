@@ -67,6 +67,17 @@ class BlockCalls:
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 
+    def states(self, hidden: Tensor) -> Tensor:
+        """What the decoder makes of its last block's output: [batch, n, hidden].
+
+        What lies outside the blocks must be resident.
+        """
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        with _replaced_blocks(self._base, lambda *args, **kwargs: hidden):
+            decoder = self._base.model.get_decoder()
+            states: Tensor = decoder(tokens, use_cache=False).last_hidden_state
+        return states
+
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model makes of its last block's output: [batch, n, vocabulary].
 

@@ -9,23 +9,70 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tacq_vllm.config import CalibrationConfig
 from tacq_vllm.data.errors import DataError
+from tacq_vllm.data.sets import NAMED_SETS
+from tacq_vllm.quantize.depends import Depends, digest
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.generation import generate_windows
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.samples import Sample, SampleReader, join_tokens
-from tacq_vllm.quantize.workdir import PhaseFolder
+from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
+from tacq_vllm.quantize.world import World
 
 SELF = "self"
 PHASE = "calibration"
 
 _TEXT_MARGIN = 8
 """Windows are cut from this many times the tokens that they hold."""
+
+
+def calibrate(
+    base: BaseModel,
+    config: CalibrationConfig,
+    common: Depends,
+    data_root: Path | None,
+    workdir: WorkDir,
+    progress: Progress,
+    world: World,
+) -> list[Sample]:
+    """The samples of a run, the same in all its processes, from the work folder.
+
+    Args:
+        base: the model whose tokenizer reads, and which writes `self`.
+        config: sources and budget.
+        common: what every phase of the run depends on.
+        data_root: folder of the named sets; None: the Hub.
+        workdir: keeps the samples for the next run.
+        progress: is told what is short or left out.
+        world: the processes that share the samples.
+
+    Raises:
+        QuantizeError: as `calibration_samples`, or more processes than samples.
+    """
+    files = [Path(source) for source in config.sources if Path(source).is_file()]
+    depends = {
+        **common,
+        "calibration": config.model_dump(mode="json"),
+        "tokenizer": digest(sorted(base.tokenizer.get_vocab().items())),
+        "chat_template": getattr(base.tokenizer, "chat_template", None),
+        "files": [digest([path.read_bytes()]) for path in files],
+        "data_root": _named_files(config.sources, data_root),
+    }
+    with world.leader_first():
+        folder = workdir.phase(PHASE, depends)
+        samples = calibration_samples(base, config, data_root, folder, progress)
+    if len(samples) < world.size:
+        raise QuantizeError(
+            f"{world.size} processes share {len(samples)} calibration samples: start "
+            "fewer, or give more text"
+        )
+    return samples
 
 
 def calibration_samples(
@@ -153,6 +200,16 @@ def take_whole(samples: Iterable[Sample], budget: int, limit: int | None) -> Cho
                 return Chosen(chosen, ran_out=False, too_long=too_long)
             chosen.append(sample)
     return Chosen(chosen, ran_out=total < budget, too_long=too_long)
+
+
+def _named_files(sources: Iterable[str], data_root: Path | None) -> list[list[Any]]:
+    """Names, sizes and times of the files that named sets may be read from."""
+    folders = [data_root / name for name in sources if data_root and name in NAMED_SETS]
+    return [
+        [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns]
+        for folder in folders
+        for path in sorted(folder.glob("*.*"))
+    ]
 
 
 def _save(samples: list[Sample], folder: PhaseFolder) -> None:

@@ -6,9 +6,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from tacq_vllm.config import Recipe, StorageDtype
+from tacq_vllm.config import Recipe, StorageDtype, published_choices
 from tacq_vllm.format.checkpoint import CheckpointWriter
 from tacq_vllm.format.parallel import tensor_parallel_sizes
 from tacq_vllm.format.schema import (
@@ -82,7 +81,7 @@ def _packed_schema(
         linears=shapes,
         circuits={DEFAULT_CIRCUIT: {r.name: r.outliers for r in reports}},
         tensor_parallel_sizes=_tensor_parallel_sizes(base, shapes, recipe.group_size),
-        recipe=_published_recipe(recipe),
+        recipe=published_choices(recipe),
     )
 
 
@@ -106,7 +105,7 @@ def _simulated_schema(
         dtype=base.storage_dtype(recipe.export.dtype),
         effective_bits=effective_bits(linears),
         linears=linears,
-        recipe=_published_recipe(recipe),
+        recipe=published_choices(recipe),
     )
 
 
@@ -170,11 +169,3 @@ def _write_config(folder: Path, base: BaseModel, schema: AnySchema) -> None:
     key = SIMULATED_KEY if is_simulated else "quantization_config"
     setattr(config, key, schema.model_dump(mode="json"))
     config.save_pretrained(folder)
-
-
-def _published_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a checkpoint tells it: files without their folders."""
-    content = recipe.model_dump(mode="json")
-    sources = content["calibration"]["sources"]
-    content["calibration"]["sources"] = [Path(source).name for source in sources]
-    return content

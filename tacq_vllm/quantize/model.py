@@ -141,6 +141,12 @@ class BaseModel:
             return "float16"
         return "bfloat16"
 
+    def stored_name(self, name: str) -> str:
+        """The name under which a parameter is stored: its own, or its tied twin's."""
+        if name in self.weights:
+            return name
+        return str(self.model.all_tied_weights_keys.get(name, name))
+
     @cached_property
     def _layers(self) -> nn.ModuleList:
         decoder = self.model.get_decoder()
@@ -160,14 +166,8 @@ class BaseModel:
     def _names(self) -> list[str]:
         return [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
 
-    def _stored_name(self, name: str) -> str:
-        """The name under which a parameter is stored: its own, or its tied twin's."""
-        if name in self.weights:
-            return name
-        return str(self.model.all_tied_weights_keys.get(name, name))
-
     def _load(self, name: str) -> Tensor:
-        stored = self.weights.load(self._stored_name(name))
+        stored = self.weights.load(self.stored_name(name))
         if not bool(stored.isfinite().all()):
             raise QuantizeError(f"{name}: a value of the model is not finite")
         # A copy: what is mapped from a file would count as this process's memory.
@@ -179,7 +179,7 @@ class BaseModel:
         empty: list[tuple[dict[str, Any], str, nn.Parameter]] = []
         try:
             for name in names:
-                stored = self._stored_name(name)
+                stored = self.stored_name(name)
                 if stored not in loaded:
                     values = self._load(name)
                     loaded[stored] = nn.Parameter(values, requires_grad=False)

@@ -5,22 +5,18 @@ on: a run goes on where one before it has stopped, and one with another ratio or
 bits finds the gradients.
 """
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-from tacq_vllm import __version__
 from tacq_vllm.config import Recipe, StorageDtype
-from tacq_vllm.data.sets import NAMED_SETS
 from tacq_vllm.format.schema import check_linear_shape, storage_dtype
-from tacq_vllm.quantize import calibration, gradients
+from tacq_vllm.quantize import gradients
+from tacq_vllm.quantize.calibration import calibrate
+from tacq_vllm.quantize.depends import Depends, common_depends, digest
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.layerwise import BlockPass, QuantizedBlocks
 from tacq_vllm.quantize.model import BaseModel
@@ -29,9 +25,6 @@ from tacq_vllm.quantize.rounder import Rounder
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir, fingerprint
 from tacq_vllm.quantize.world import World
-
-Depends = dict[str, Any]
-"""JSON values that a result depends on."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,7 @@ class Passes:
         """Gradients of the 16-bit model on the calibration text, to some power."""
         depends = {
             **self.text_depends(),
-            "scored": _digest(s.scored.numpy().tobytes() for s in self._samples),
+            "scored": digest(s.scored.numpy().tobytes() for s in self._samples),
             "power": power,
         }
         folder = self._open("gradients", depends)
@@ -137,47 +130,25 @@ class Passes:
 
     def text_depends(self) -> Depends:
         """What everything that is measured on the calibration text depends on."""
-        tokens = _digest(sample.tokens.numpy().tobytes() for sample in self._samples)
+        tokens = digest(sample.tokens.numpy().tobytes() for sample in self._samples)
         return {**self._model_depends, "tokens": tokens}
 
     @cached_property
     def _model_depends(self) -> Depends:
         """What every phase depends on."""
-        return {
-            "model": self.base.fingerprint(),
-            "device": self.base.device.type,
-            "processes": self.world.size,
-            "versions": {
-                "tacq_vllm": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
+        return common_depends(self.base, self.world)
 
     @cached_property
     def _samples(self) -> list[Sample]:
-        config = self.recipe.calibration
-        tokenizer = self.base.tokenizer
-        files = [Path(source) for source in config.sources if Path(source).is_file()]
-        depends = {
-            **self._model_depends,
-            "calibration": config.model_dump(mode="json"),
-            "tokenizer": _digest(sorted(tokenizer.get_vocab().items())),
-            "chat_template": getattr(tokenizer, "chat_template", None),
-            "files": [_digest([path.read_bytes()]) for path in files],
-            "data_root": _named_files(config.sources, self._data_root),
-        }
-        with self.world.leader_first():
-            folder = self._workdir.phase(calibration.PHASE, depends)
-            samples = calibration.calibration_samples(
-                self.base, config, self._data_root, folder, self._progress
-            )
-        if len(samples) < self.world.size:
-            raise QuantizeError(
-                f"{self.world.size} processes share {len(samples)} calibration "
-                "samples: start fewer, or give more text"
-            )
-        return samples
+        return calibrate(
+            self.base,
+            self.recipe.calibration,
+            self._model_depends,
+            self._data_root,
+            self._workdir,
+            self._progress,
+            self.world,
+        )
 
     def _open(self, name: str, depends: Depends) -> PhaseFolder:
         """The folder of a phase; what made an earlier one useless is told."""
@@ -187,21 +158,3 @@ class Passes:
         if changes and folder.is_empty:
             self._progress.note(f"{name}: computed anew: {'; '.join(changes)}")
         return folder
-
-
-def _named_files(sources: Iterable[str], data_root: Path | None) -> list[list[Any]]:
-    """Names, sizes and times of the files that named sets may be read from."""
-    folders = [data_root / name for name in sources if data_root and name in NAMED_SETS]
-    return [
-        [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns]
-        for folder in folders
-        for path in sorted(folder.glob("*.*"))
-    ]
-
-
-def _digest(parts: Iterable[object]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        content = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()

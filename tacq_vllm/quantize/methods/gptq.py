@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from tacq_vllm.config import Recipe
+from tacq_vllm.quantize.depends import Depends
 from tacq_vllm.quantize.gptq import quantize_matrix
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.packed import Masks, PackedRounder, keep_none
-from tacq_vllm.quantize.passes import Depends, Passes
+from tacq_vllm.quantize.passes import Passes
 from tacq_vllm.quantize.result import GridResult
 from tacq_vllm.quantize.world import World
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from tacq_vllm.quantize.depends import Depends
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods import gptq
 from tacq_vllm.quantize.methods.packed import Masks, keep_none
-from tacq_vllm.quantize.passes import Depends, Gradients, Passes
+from tacq_vllm.quantize.passes import Gradients, Passes
 from tacq_vllm.quantize.saliency import (
     gradient_power,
     needs_gradients,

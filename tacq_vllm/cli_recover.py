@@ -1,0 +1,152 @@
+"""The command that trains a checkpoint; `cli` adds it to `tacq`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tacq_vllm.cli_options import DeviceOption, InputError, torch_device
+from tacq_vllm.cli_show import print_summary
+from tacq_vllm.terminal import open_listener
+
+
+class TrainOption(StrEnum):
+    """Values of --train."""
+
+    magnitude = "magnitude"
+    lora = "lora"
+    both = "both"
+
+
+class PrecisionOption(StrEnum):
+    """Values of --precision."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+def recover_checkpoint(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder to make; must not exist or be empty.")
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The 16-bit model that was quantized: a Hub id, a folder, or a .gguf "
+            "file. Without it nothing is distilled.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A .yaml file of training choices.")
+    ] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the run keeps what it needs to go on; it stays. Without it, "
+            "beside the output until that is whole."
+        ),
+    ] = None,
+    train: Annotated[
+        TrainOption | None, typer.Option(help="Group magnitudes, A and B, or both.")
+    ] = None,
+    train_outliers: Annotated[
+        bool | None, typer.Option(help="Train the weights kept in 16 bits, too.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of A and B.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Train so many steps.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="See the text so many times.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Train so long.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step.")] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(help="Share of the loss that the 16-bit model sets, 0 to 1."),
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="wikitext2, c4, mmlu, gsm8k, spider, `self`, or a .jsonl/.txt(.gz) "
+            "file; may be repeated."
+        ),
+    ] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the named sets' files; without it: the Hub."),
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(help="Token windows.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling and training.")] = None,
+    precision: Annotated[
+        PrecisionOption | None, typer.Option(help="Of products.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Less memory for more time.")
+    ] = None,
+    device: Annotated[DeviceOption, typer.Option()] = DeviceOption.auto,
+) -> None:
+    """Train a checkpoint, at equal bits, to win back what few bits lost (DL-QAT)."""
+    from tacq_vllm.config import override_recipe
+    from tacq_vllm.recover.config import RecoverConfig, load_recover_config
+
+    budgets = {"steps": steps, "epochs": epochs, "minutes": minutes}
+    given = {unit: budget for unit, budget in budgets.items() if budget is not None}
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(f'--{unit}' for unit in given)}: give one")
+    unit, budget = next(iter(given.items()), (None, None))
+    config = override_recipe(
+        load_recover_config(recipe) if recipe else RecoverConfig(),
+        {
+            "train": train,
+            "train_outliers": train_outliers,
+            "rank": rank,
+            "budget": budget,
+            "budget_unit": unit,
+            "batch_tokens": batch_tokens,
+            "distill": distill,
+            "precision": precision,
+            "gradient_checkpointing": gradient_checkpointing,
+            "seed": seed,
+            "calibration.sources": calibration,
+            "calibration.num_samples": num_samples,
+            "calibration.seq_len": seq_len,
+            "calibration.seed": seed,
+        },
+    )
+
+    from transformers.utils import logging as transformers_logging
+
+    from tacq_vllm.hub import rewrite_model_card
+    from tacq_vllm.quantize.progress import Progress
+    from tacq_vllm.quantize.workdir import check_output, open_workdir
+    from tacq_vllm.quantize.world import open_world
+    from tacq_vllm.recover import pipeline
+
+    check_output(output)
+    transformers_logging.disable_progress_bar()
+    with (
+        open_world(torch_device(device)) as (world, own_device),
+        open_workdir(work_dir, output, world) as folder,
+        open_listener(world.leads) as listener,
+    ):
+        pipeline.recover_checkpoint(
+            checkpoint,
+            base,
+            config,
+            output,
+            own_device,
+            folder,
+            Progress(listener),
+            lambda staged, schema: rewrite_model_card(staged, schema, checkpoint),
+            data_root,
+            world,
+        )
+        if world.leads:
+            print_summary(output)

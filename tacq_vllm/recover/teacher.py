@@ -1,0 +1,98 @@
+"""What the 16-bit model's head is given for each token, computed once, on disk.
+
+One decoder block is in memory at a time. Trained are then the weights alone that take
+the 16-bit model's place.
+"""
+
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from tacq_vllm.quantize.blocks import BlockCalls
+from tacq_vllm.quantize.model import BaseModel
+from tacq_vllm.quantize.progress import Progress
+from tacq_vllm.quantize.samples import Sample
+from tacq_vllm.quantize.workdir import PhaseFolder
+from tacq_vllm.quantize.world import World
+
+PHASE = "teacher"
+_DONE = "done"
+
+
+class Teacher:
+    """The 16-bit model's states of samples, bfloat16 [n, hidden], in a folder."""
+
+    def __init__(self, folder: PhaseFolder) -> None:
+        self._folder = folder
+
+    def states(self, number: int) -> Tensor:
+        """Those of a sample, mapped from their file."""
+        return self._folder.load_tensor(_states(number), "states")
+
+    @property
+    def seconds(self) -> float:
+        """What computing them took."""
+        return float(self._folder.notes(_DONE)["seconds"])
+
+
+@torch.no_grad()
+def run_teacher(
+    base: BaseModel,
+    samples: list[Sample],
+    folder: PhaseFolder,
+    progress: Progress,
+    world: World,
+) -> Teacher:
+    """Compute the states that are not in the folder yet."""
+    if _DONE in folder:
+        progress.note(f"{PHASE}: taken from the work folder")
+        return Teacher(folder)
+    start = perf_counter()
+    last = len(base.blocks)
+    own = world.share(range(len(samples)))
+    calls = BlockCalls(base)
+
+    def started(number: int) -> bool:
+        names = (_hidden(index, number) for index in range(last + 1))
+        return _states(number) in folder or any(name in folder for name in names)
+
+    with progress.phase(PHASE, last) as bar:
+        with base.resident_outside():
+            for number in own:
+                hidden = calls.embed(samples[number].tokens.unsqueeze(0))
+                if not started(number):
+                    folder.save(_hidden(0, number), {"hidden": hidden})
+        for index in range(last):
+            with base.resident_block(index) as block:
+                for number in own:
+                    if _hidden(index, number) in folder:
+                        hidden = _load(base, folder, index, number)
+                        output = calls.run(block, index, hidden)
+                        folder.save(_hidden(index + 1, number), {"hidden": output})
+                        folder.remove(_hidden(index, number))
+            bar.advance(detail=base.block_name(index))
+        with base.resident_outside():
+            for number in own:
+                if _hidden(last, number) in folder:
+                    states = calls.states(_load(base, folder, last, number))[0]
+                    folder.save(_states(number), {"states": states.bfloat16()})
+                    folder.remove(_hidden(last, number))
+    world.wait()
+    if world.leads:
+        folder.save(_DONE, {}, {"seconds": str(perf_counter() - start)})
+    world.wait()
+    return Teacher(folder)
+
+
+def _load(base: BaseModel, folder: PhaseFolder, index: int, number: int) -> Tensor:
+    hidden = folder.load_tensor(_hidden(index, number), "hidden")
+    return hidden.to(base.device, copy=True)
+
+
+def _hidden(boundary: int, sample: int) -> str:
+    return f"hidden-{boundary:04d}-{sample:06d}"
+
+
+def _states(sample: int) -> str:
+    return f"states-{sample:06d}"

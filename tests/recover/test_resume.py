@@ -1,0 +1,190 @@
+"""Trainings that were stopped."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tacq_vllm.cli import app
+from tacq_vllm.recover.config import RecoverConfig
+from tests.conftest import Recorder, interrupted_at_file
+from tests.recover.conftest import STEPS, train
+
+PROGRAM = "from tacq_vllm.cli import main; main()"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of a checkpoint's files, but for the curves, which tell the time."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.name not in ("loss.jsonl", "loss.png")
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_checkpoint: Path,
+    tiny_model: Path,
+    tiny_training: RecoverConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A folder with `out`, what a training gave, and `work`, which belongs to it."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(tiny_checkpoint, tiny_model, tiny_training, folder / "out", folder / "work")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("phase", "step"),
+    [("teacher", 1), ("training", 1), ("training", 3), ("training", 6), ("export", 5)],
+)
+def test_it_goes_on_with_equal_results(
+    tiny_checkpoint: Path,
+    tiny_model: Path,
+    tiny_training: RecoverConfig,
+    finished: Path,
+    tmp_path: Path,
+    phase: str,
+    step: int,
+):
+    def run(listener: Recorder) -> Path:
+        return train(
+            tiny_checkpoint,
+            tiny_model,
+            tiny_training,
+            tmp_path / "out",
+            tmp_path / "work",
+            listener,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Recorder(phase, step))
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
+    recorder = Recorder()
+
+    assert contents(run(recorder)) == contents(finished / "out")
+    if phase == "training":
+        # State is kept at every second step, and when all are done.
+        kept = step // 2 * 2
+        assert recorder.phases["training"] == STEPS - min(kept, STEPS - 1)
+        assert f"training: goes on from step {kept}" in recorder.notes or kept == 0
+
+
+@pytest.mark.parametrize("count", [3, 10, 40, 41, 43, 45])
+def test_it_goes_on_after_a_file_that_was_not_finished(
+    tiny_checkpoint: Path,
+    tiny_model: Path,
+    tiny_training: RecoverConfig,
+    finished: Path,
+    tmp_path: Path,
+    count: int,
+):
+    arguments = (tiny_checkpoint, tiny_model, tiny_training)
+    with interrupted_at_file(count):
+        train(*arguments, tmp_path / "out", tmp_path / "work")
+
+    again = train(*arguments, tmp_path / "out", tmp_path / "work")
+
+    assert contents(again) == contents(finished / "out")
+
+
+def test_a_second_run_only_exports(
+    tiny_checkpoint: Path,
+    tiny_model: Path,
+    tiny_training: RecoverConfig,
+    finished: Path,
+    tmp_path: Path,
+):
+    shutil.copytree(finished / "work", tmp_path / "work")
+    recorder = Recorder()
+
+    output = train(
+        tiny_checkpoint,
+        tiny_model,
+        tiny_training,
+        tmp_path / "out",
+        tmp_path / "work",
+        recorder,
+    )
+
+    assert contents(output) == contents(finished / "out")
+    assert recorder.phases == {"export": 14}
+    assert (output / "loss.jsonl").read_bytes() == (
+        finished / "out" / "loss.jsonl"
+    ).read_bytes()
+
+
+def test_other_choices_find_the_text_and_the_teacher(
+    tiny_checkpoint: Path,
+    tiny_model: Path,
+    tiny_training: RecoverConfig,
+    finished: Path,
+    tmp_path: Path,
+):
+    shutil.copytree(finished / "work", tmp_path / "work")
+    recorder = Recorder()
+
+    train(
+        tiny_checkpoint,
+        tiny_model,
+        tiny_training,
+        tmp_path / "out",
+        tmp_path / "work",
+        recorder,
+        rank=2,
+    )
+
+    assert recorder.phases == {"training": STEPS, "export": 14}
+    assert recorder.notes[:2] == [
+        "calibration: taken from the work folder",
+        "teacher: taken from the work folder",
+    ]
+
+
+def test_a_killed_process_goes_on(
+    tiny_checkpoint: Path, tiny_model: Path, text_file: Path, tmp_path: Path
+):
+    """SIGKILL at some step, and the same command again."""
+
+    def command(name: str) -> list[str]:
+        options = {
+            "output": tmp_path / name,
+            "base": tiny_model,
+            "calibration": text_file,
+            "num-samples": 16,
+            "seq-len": 32,
+            "batch-tokens": 128,
+            "steps": 24,
+            "device": "cpu",
+        }
+        pairs = [str(part) for k, v in options.items() for part in (f"--{k}", v)]
+        return ["recover", str(tiny_checkpoint), *pairs]
+
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *command("out")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        # State is kept at step 20.
+        for line in process.stderr:
+            if line.startswith("training 21/24"):
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
+
+    results = {name: CliRunner().invoke(app, command(name)) for name in ("out", "all")}
+
+    for result in results.values():
+        assert result.exit_code == 0, result.stderr
+        assert "4.156 effective bits" in result.stdout
+    assert "training: goes on from step 20" in results["out"].stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "all")
+    assert not (tmp_path / ".out.work").exists()

@@ -1,0 +1,85 @@
+"""Training in several processes, on this machine's loopback."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
+from tacq_vllm.format.validation import find_faults, load_linear
+from tacq_vllm.kernels.reference import dequantize
+from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.world import World
+from tacq_vllm.recover.config import RecoverConfig
+from tests.quantize.test_world import torchrun
+from tests.recover.conftest import train
+from tests.recover.test_pipeline import held_out
+
+PROGRAM = "from tacq_vllm.cli import main; main()"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    schema = read_schema(folder)
+    with CheckpointReader(folder) as reader:
+        return {
+            name: dequantize(load_linear(reader, schema, name))
+            for name in schema.linears
+        }
+
+
+def test_two_processes_train_as_one(
+    tiny_checkpoint: Path,
+    tiny_model: Path,
+    tiny_training: RecoverConfig,
+    text_file: Path,
+    tmp_path: Path,
+):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny_training.model_dump_json())  # JSON is YAML
+    arguments = ["recover", tiny_checkpoint, "--output", tmp_path / "two"]
+    arguments += ["--base", tiny_model, "--recipe", recipe, "--device", "cpu"]
+
+    result = torchrun(2, PROGRAM, *arguments)
+    assert result.returncode == 0, result.stderr
+    alone = train(
+        tiny_checkpoint, tiny_model, tiny_training, tmp_path / "one", tmp_path / "work"
+    )
+
+    # One process tells what both do.
+    assert result.stderr.count("training 6/6") == 1
+    assert find_faults(tmp_path / "two") == []
+    assert held_out(tmp_path / "two") == pytest.approx(held_out(alone), rel=1e-3)
+    found, expected, start = map(weights, (tmp_path / "two", alone, tiny_checkpoint))
+    for name, weight in expected.items():
+        # A code that is at the edge may fall to either side.
+        noise = float((found[name] - weight).norm())
+        assert noise < 0.1 * float((weight - start[name]).norm()), name
+
+
+def test_a_step_without_a_sample_for_each_process_is_refused(
+    tiny_checkpoint: Path,
+    tiny_model: Path,
+    tiny_training: RecoverConfig,
+    tmp_path: Path,
+    monkeypatch,
+):
+    from tacq_vllm.recover import trainer
+
+    class Alone(trainer.Trainer):
+        """As if there were another process, for which it does not wait."""
+
+        def _step(self, *arguments: object):
+            self._world = World(0, 2)
+            return super()._step(*arguments)
+
+    monkeypatch.setattr("tacq_vllm.recover.pipeline.Trainer", Alone)
+
+    with pytest.raises(QuantizeError, match="2 processes share a step of 1 samples"):
+        train(
+            tiny_checkpoint,
+            tiny_model,
+            tiny_training,
+            tmp_path / "out",
+            tmp_path / "work",
+            batch_tokens=32,
+        )
