@@ -130,15 +130,15 @@ def _table(facts: CardFacts) -> str:
 
 
 def _calibration(recipe: Any) -> str:
-    content = recipe.get("calibration") if isinstance(recipe, dict) else None
-    try:
-        calibration = CalibrationConfig.model_validate(content)
-    except ValidationError:
-        # Loaders ignore the recipe, which may be that of another version or tool.
+    # Loaders ignore the recipe, which may be that of another version or tool.
+    if not isinstance(recipe, dict):
         return ""
-    if recipe.method == "rtn":
+    if recipe.get("method") == "rtn":
         return "none"
-    calibration = recipe.calibration
+    try:
+        calibration = CalibrationConfig.model_validate(recipe.get("calibration"))
+    except ValidationError:
+        return ""
     return (
         f"{', '.join(calibration.sources)}: {calibration.num_samples} x "
         f"{calibration.seq_len} tokens at most, seed {calibration.seed}"
