@@ -1,14 +1,14 @@
 """A real `vllm serve`: what it refuses, and what it keeps in memory."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.builders import truncate
-from tests.hostile.kinds import KINDS
+from tests.builders import put, replace, rewrite_tensors, truncate
 from tests.serving import ENVIRONMENT, refusal
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -94,9 +94,15 @@ def test_truncated_shard(checkpoint_copy):
     assert_refused(checkpoint_copy, "model.safetensors: truncated")
 
 
-def test_values_that_a_kernel_must_not_see(tmp_path):
-    folder = KINDS["a column too far"].make(tmp_path / "broken")
-    assert_refused(folder, find_faults(folder)[0], "--max-model-len", "64")
+def test_values_that_a_kernel_must_not_see(family_checkpoint, tmp_path):
+    folder = Path(shutil.copytree(family_checkpoint("llama"), tmp_path / "broken"))
+    table = "model.layers.1.mlp.up_proj.outliers"
+    rewrite_tensors(folder, replace(table, put(-1, 64)))
+
+    (fault,) = find_faults(folder)
+
+    assert f"{table}: column 64 is outside 64" in fault
+    assert_refused(folder, fault, "--max-model-len", "64")
 
 
 def test_more_ranks_than_the_linears_can_be_cut_for(tiny_checkpoint):
