@@ -39,10 +39,10 @@ class RecoverConfig(Section):
         "0.5: in the middle of their codes.",
     )
     magnitude_lr: float = Field(
-        1e-3, gt=0.0, description="Highest learning rate of the magnitudes (near 1)."
+        2e-3, gt=0.0, description="Highest learning rate of the magnitudes (near 1)."
     )
     lora_lr: float = Field(
-        1e-3, gt=0.0, description="Highest learning rate of A and B."
+        5e-3, gt=0.0, description="Highest learning rate of A and B."
     )
     outlier_lr: float = Field(
         1e-4, gt=0.0, description="Highest learning rate of the kept weights."
