@@ -1,9 +1,10 @@
 """Measure a checkpoint beside its 16-bit model, and share it on the Hub.
 
-    python examples/evaluate_and_push.py CHECKPOINT BASE_MODEL REPO_ID
+    python examples/evaluate_and_push.py CHECKPOINT BASE_MODEL REPO_ID [OPTIONS]
 
-The scores go into the checkpoint's folder, and from there into the model card that the
-push writes. Log in first: `hf auth login`.
+OPTIONS are those of `tacq evaluate`, such as `--tasks` and `--data-root`. The scores go
+into the checkpoint's folder, and from there into the model card that the push writes.
+Log in first: `hf auth login`.
 """
 
 import argparse
@@ -22,14 +23,13 @@ def main() -> None:
     parser.add_argument("base_model")
     parser.add_argument("repo_id", help="`user/name`; made private if it is new")
     parser.add_argument("--tasks", default="wikitext2")
-    parser.add_argument("--data-root", help="folder of the tasks' files; else the Hub")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
 
-    options = ["--tasks", arguments.tasks, "--baseline", arguments.base_model]
-    if arguments.data_root is not None:
-        options += ["--data-root", arguments.data_root]
-    scores = arguments.checkpoint / SCORES_NAME
-    tacq("evaluate", arguments.checkpoint, *options, "--json", scores)
+    tacq(
+        *("evaluate", arguments.checkpoint, "--tasks", arguments.tasks),
+        *("--baseline", arguments.base_model, *options),
+        *("--json", arguments.checkpoint / SCORES_NAME),
+    )
     tacq("push", arguments.checkpoint, arguments.repo_id, "--private")
 
 

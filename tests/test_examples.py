@@ -30,16 +30,16 @@ RunHere = Callable[..., str]
 
 @pytest.fixture
 def run_here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> RunHere:
     """Run a script in this process; give what it prints."""
 
     def run(name: str, *arguments: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         monkeypatch.syspath_prepend(str(EXAMPLES))
-        capsys.readouterr()
+        capfd.readouterr()
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
+        return capfd.readouterr().out
 
     return run
 
@@ -126,7 +126,7 @@ def test_evaluate_and_push(
     result = run_example(
         "evaluate_and_push.py",
         *(checkpoint_copy, tiny_model, "someone/tiny-TaCQ-w3"),
-        *("--data-root", tmp_path / "data"),
+        *("--data-root", tmp_path / "data", "--window", "32"),
         environment=hub.environment(tmp_path / "hf"),
     )
 

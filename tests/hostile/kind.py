@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub.errors import StrictDataclassError
+
 from tests.hostile.good import GOOD, shard
 
 Reader = Literal["transformers", "vllm"]
@@ -22,10 +24,11 @@ HOSTS_OWN = (
     LookupError,
     OSError,
     RecursionError,
+    StrictDataclassError,
     TypeError,
     ValueError,
 )
-"""What readers raise of their own, over JSON or a missing file."""
+"""What readers raise of their own, over JSON, what it says, or a missing file."""
 
 BOTH: tuple[Reader, ...] = ("transformers", "vllm")
 

@@ -61,7 +61,10 @@ def test_vllm_says_what_was_trained(
 
     answer = serve(tmp_path / "recovered")
 
+    model = students[0].model
+    # Blocks that run a second time in the backward pass keep no cache.
+    model.generation_config.use_cache = False
     # In float32 they are equal, but for the order of sums.
-    assert answer.tokens == greedy_tokens(students[0].model)
+    assert answer.tokens == greedy_tokens(model)
     assert answer.tokens != serve(checkpoint).tokens
     assert "recover" in read_schema(tmp_path / "recovered").recipe
