@@ -4,6 +4,7 @@ A recipe is a flat YAML file, complete and without inheritance. The command line
 overrides single fields; the result is stored in the checkpoint.
 """
 
+from collections.abc import Collection
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -180,6 +181,12 @@ class Recipe(Section):
         """Share of weights that the method keeps: zero but for TaCQ."""
         return self.outliers.ratio if self.method == "tacq" else 0.0
 
+    @property
+    def sections_of_others(self) -> set[str]:
+        """The sections that another method's settings are in."""
+        sections = {"squeezellm", "spqr", "slim_llm"}
+        return sections - {self.method.replace("-", "_")}
+
 
 def recipe_folder() -> Path:
     """Folder of the ready-made recipes: in the wheel, or in a source checkout."""
@@ -255,9 +262,11 @@ def override_recipe(recipe: AnySection, overrides: dict[str, Any]) -> AnySection
     return parse_section(type(recipe), content, source="options")
 
 
-def published_choices(recipe: Section) -> dict[str, Any]:
+def published_choices(
+    recipe: Section, leave_out: Collection[str] = ()
+) -> dict[str, Any]:
     """A recipe as a checkpoint tells it: calibration files without their folders."""
-    content = recipe.model_dump(mode="json")
+    content = recipe.model_dump(mode="json", exclude=set(leave_out))
     sources = content["calibration"]["sources"]
     content["calibration"]["sources"] = [Path(source).name for source in sources]
     return content

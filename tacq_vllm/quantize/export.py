@@ -81,7 +81,7 @@ def _packed_schema(
         linears=shapes,
         circuits={DEFAULT_CIRCUIT: {r.name: r.outliers for r in reports}},
         tensor_parallel_sizes=_tensor_parallel_sizes(base, shapes, recipe.group_size),
-        recipe=published_choices(recipe),
+        recipe=published_choices(recipe, recipe.sections_of_others),
     )
 
 
@@ -105,7 +105,7 @@ def _simulated_schema(
         dtype=base.storage_dtype(recipe.export.dtype),
         effective_bits=effective_bits(linears),
         linears=linears,
-        recipe=published_choices(recipe),
+        recipe=published_choices(recipe, recipe.sections_of_others),
     )
 
 

@@ -65,6 +65,7 @@ def test_report_and_recipe(
         assert report["outliers"] == schema.num_outliers(report["name"])
         assert 0 < report["error"] < 0.1
         assert report["damp_percent"] == 0.01
+    assert not {"squeezellm", "spqr", "slim_llm"} & set(schema.recipe)
     stored = Recipe.model_validate(schema.recipe)
     assert stored.calibration.sources == (text_file.name,)
     assert stored.gptq == tiny_recipe.gptq
