@@ -35,7 +35,7 @@ def gptq(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["quantize", "import", "export"])
+@pytest.fixture(params=["quantize", "recover", "import", "export"])
 def arguments(
     request: pytest.FixtureRequest,
     tiny_model: Path,
@@ -46,6 +46,11 @@ def arguments(
     """The command lines of the makers."""
     commands: dict[str, Arguments] = {
         "quantize": lambda out: quantize_arguments(tiny_model, out, text_file),
+        "recover": lambda out: [
+            *("recover", str(tiny_checkpoint), "--base", str(tiny_model)),
+            *("--calibration", str(text_file), "--num-samples", "4"),
+            *("--seq-len", "16", "--steps", "2", "--output", str(out)),
+        ],
         "import": lambda out: ["import", str(gptq), "--output", str(out)],
         "export": lambda out: [
             *("export", str(tiny_checkpoint), "--to", "dequantized"),
@@ -87,11 +92,11 @@ def run(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Bytes of the files, but for the times of a run."""
+    """Bytes of the files, but for those that tell the times of a run."""
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
-        if path.name != "timings.json"
+        if path.name not in ("timings.json", "loss.jsonl")
     }
 
 
