@@ -12,7 +12,8 @@ from tests.evaluate.conftest import make_data
 from tests.test_cli import assert_one_line
 
 
-def compare(model: Path, output: Path, root: Path, **options: object) -> Result:
+def arguments(model: Path, output: Path, root: Path, **options: object) -> list[str]:
+    """A small comparison, on the command line."""
     usual = {
         "methods": "gptq,magnitude",
         "bits": "3",
@@ -28,10 +29,14 @@ def compare(model: Path, output: Path, root: Path, **options: object) -> Result:
         "data_root": root,
         "output": output,
     }
-    arguments: list[object] = ["compare", model]
+    command: list[object] = ["compare", model]
     for name, value in (usual | options).items():
-        arguments += [f"--{name.replace('_', '-')}", value]
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+        command += [f"--{name.replace('_', '-')}", value]
+    return list(map(str, command))
+
+
+def compare(model: Path, output: Path, root: Path, **options: object) -> Result:
+    return CliRunner().invoke(app, arguments(model, output, root, **options))
 
 
 @pytest.fixture(scope="module")
