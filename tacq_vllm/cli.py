@@ -13,7 +13,17 @@ from typing import Annotated
 import typer
 
 from tacq_vllm import cli_compare, cli_convert, cli_evaluate, cli_recover, cli_show
-from tacq_vllm.cli_options import DataRoot, DeviceOption, InputError, torch_device
+from tacq_vllm.cli_options import (
+    Calibration,
+    DataRoot,
+    DeviceOption,
+    InputError,
+    NumSamples,
+    Output,
+    SeqLen,
+    WorkDirectory,
+    torch_device,
+)
 from tacq_vllm.terminal import err, open_listener
 
 app = typer.Typer(
@@ -79,19 +89,11 @@ def root(
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="A Hub id, a folder, or a .gguf file.")],
-    output: Annotated[
-        Path, typer.Option(help="Folder to make; must not exist or be empty.")
-    ],
+    output: Output,
     recipe: Annotated[
         str | None, typer.Option(help="A ready-made recipe's name or a .yaml file.")
     ] = None,
-    work_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where finished phases keep their tensors; it stays. Without it they "
-            "lie beside the output until that is whole."
-        ),
-    ] = None,
+    work_dir: WorkDirectory = None,
     bits: Annotated[int | None, typer.Option(help="2, 3 or 4.")] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Columns that share a scale; -1: the row.")
@@ -106,16 +108,10 @@ def quantize(
     saliency: Annotated[
         SaliencyOption | None, typer.Option(help="Which weights are kept.")
     ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="wikitext2, c4, mmlu, gsm8k, spider, `self`, or a .jsonl/.txt(.gz) "
-            "file; may be repeated."
-        ),
-    ] = None,
+    calibration: Calibration = None,
     data_root: DataRoot = None,
-    num_samples: Annotated[int | None, typer.Option(help="Token windows.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    num_samples: NumSamples = None,
+    seq_len: SeqLen = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     device: Annotated[DeviceOption, typer.Option()] = DeviceOption.auto,
 ) -> None:

@@ -6,11 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tacq_vllm.cli_options import Output
 from tacq_vllm.terminal import open_listener
-
-Output = Annotated[
-    Path, typer.Option(help="Folder to make; must not exist or be empty.")
-]
 
 
 class TargetOption(StrEnum):

@@ -9,6 +9,31 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+Output = Annotated[
+    Path, typer.Option(help="Folder to make; must not exist or be empty.")
+]
+
+WorkDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        "--work-dir",
+        help="Where finished phases keep their tensors; it stays. Without it they lie "
+        "beside the output until that is whole.",
+    ),
+]
+
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="wikitext2, c4, mmlu, gsm8k, spider, `self`, or a .jsonl/.txt(.gz) file; "
+        "may be repeated."
+    ),
+]
+
+NumSamples = Annotated[int | None, typer.Option(help="Token windows.")]
+
+SeqLen = Annotated[int | None, typer.Option(help="Tokens in a window.")]
+
 DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder of the named sets' files; without it: the Hub."),

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from tacq_vllm.cli_options import DeviceOption, InputError, torch_device
+from tacq_vllm.cli_options import (
+    Calibration,
+    DataRoot,
+    DeviceOption,
+    InputError,
+    NumSamples,
+    Output,
+    SeqLen,
+    WorkDirectory,
+    torch_device,
+)
 from tacq_vllm.cli_show import print_summary
 from tacq_vllm.terminal import open_listener
 
@@ -32,9 +42,7 @@ def recover_checkpoint(
         Path,
         typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False),
     ],
-    output: Annotated[
-        Path, typer.Option(help="Folder to make; must not exist or be empty.")
-    ],
+    output: Output,
     base: Annotated[
         str | None,
         typer.Option(
@@ -46,13 +54,7 @@ def recover_checkpoint(
     recipe: Annotated[
         Path | None, typer.Option(help="A .yaml file of training choices.")
     ] = None,
-    work_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where the run keeps what it needs to go on; it stays. Without it, "
-            "beside the output until that is whole."
-        ),
-    ] = None,
+    work_dir: WorkDirectory = None,
     train: Annotated[
         TrainOption | None, typer.Option(help="Group magnitudes, A and B, or both.")
     ] = None,
@@ -70,19 +72,10 @@ def recover_checkpoint(
         float | None,
         typer.Option(help="Share of the loss that the 16-bit model sets, 0 to 1."),
     ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="wikitext2, c4, mmlu, gsm8k, spider, `self`, or a .jsonl/.txt(.gz) "
-            "file; may be repeated."
-        ),
-    ] = None,
-    data_root: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the named sets' files; without it: the Hub."),
-    ] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Token windows.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    calibration: Calibration = None,
+    data_root: DataRoot = None,
+    num_samples: NumSamples = None,
+    seq_len: SeqLen = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling and training.")] = None,
     precision: Annotated[
         PrecisionOption | None, typer.Option(help="Of products.")
