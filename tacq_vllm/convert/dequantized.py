@@ -11,6 +11,7 @@ from tacq_vllm.convert.folder import (
     CARD_NAME,
     MAX_SHARD_BYTES,
     copy_companions,
+    copy_unquantized,
     write_config,
 )
 from tacq_vllm.format.checkpoint import (
@@ -58,10 +59,7 @@ def export_dequantized(
                 raise QuantizeError(f"{name}: a weight is not finite in {dtype}")
             writer.add(f"{name}.weight", weight)
             bar.advance(1, name)
-        for name in reader:
-            linear, _, suffix = name.rpartition(".")
-            if linear not in schema.linears or suffix == "bias":
-                writer.add(name, reader.load(name))
+        copy_unquantized(reader, schema, writer)
         writer.close()
         copy_companions(source, folder)
         _write_card(folder, source, schema)

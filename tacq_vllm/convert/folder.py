@@ -7,7 +7,12 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from tacq_vllm.format.checkpoint import CONFIG_NAME
+from tacq_vllm.format.checkpoint import (
+    CONFIG_NAME,
+    CheckpointReader,
+    CheckpointWriter,
+)
+from tacq_vllm.format.schema import QuantizationSchema
 from tacq_vllm.quantize.errors import QuantizeError
 
 CARD_NAME = "README.md"
@@ -43,6 +48,16 @@ def locate_model(name: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise QuantizeError(f"{name}: cannot be loaded: {reason}") from error
+
+
+def copy_unquantized(
+    reader: CheckpointReader, schema: QuantizationSchema, writer: CheckpointWriter
+) -> None:
+    """Copy all tensors but the packed ones."""
+    for name in reader:
+        linear, _, suffix = name.rpartition(".")
+        if linear not in schema.linears or suffix == "bias":
+            writer.add(name, reader.load(name))
 
 
 def copy_companions(source: Path, folder: Path) -> None:

@@ -4,7 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tacq_vllm.config import published_choices
-from tacq_vllm.convert.folder import MAX_SHARD_BYTES, copy_companions, write_config
+from tacq_vllm.convert.folder import (
+    MAX_SHARD_BYTES,
+    copy_companions,
+    copy_unquantized,
+    write_config,
+)
 from tacq_vllm.format.checkpoint import (
     CONFIG_NAME,
     CheckpointReader,
@@ -61,10 +66,7 @@ def export_student(
             for suffix, tensor in packed.tensors().items():
                 writer.add(f"{name}.{suffix}", tensor)
             bar.advance(1, name)
-        for name in reader:
-            linear, _, suffix = name.rpartition(".")
-            if linear not in schema.linears or suffix == "bias":
-                writer.add(name, reader.load(name))
+        copy_unquantized(reader, schema, writer)
         writer.close()
         copy_companions(source, folder)
         write_losses(history, folder)
