@@ -38,11 +38,14 @@ $(DEMO)/config.json: $(MODEL) quant_config/smollm2/demo.yaml $(TASK)
 demo: $(DEMO)/config.json
 	$(BIN)/python examples/serve_and_ask.py $(DEMO)
 
+# In two processes, one of which has all tests of vLLM.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
 test: $(DEMO)/config.json
-	$(BIN)/python -m pytest -m "not network"
+	$(PYTEST) -m "not network"
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not vllm and not network"
+	$(PYTEST) -m "not slow and not vllm and not network"
 
 # Whether a package registry has what each extra asks for.
 test-network: $(READY)
