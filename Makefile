@@ -38,8 +38,8 @@ $(DEMO)/config.json: $(MODEL) quant_config/smollm2/demo.yaml $(TASK)
 demo: $(DEMO)/config.json
 	$(BIN)/python examples/serve_and_ask.py $(DEMO)
 
-# In two processes, one of which has all tests of vLLM.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+# In two processes; tests of a file share what it makes.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: $(DEMO)/config.json
 	$(PYTEST) -m "not network"

@@ -41,14 +41,6 @@ settings.load_profile("tacq")
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file share what it makes; vLLM's servers would share their cores."""
-    for item in items:
-        group = "vllm" if item.get_closest_marker("vllm") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 VOCAB_SIZE = 128
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,

@@ -19,6 +19,10 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+# Of tests in several processes each has a core of its own.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    _WORKER = os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")
+    ENVIRONMENT["VLLM_CPU_OMP_THREADS_BIND"] = _WORKER
 
 
 @contextmanager
