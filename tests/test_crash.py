@@ -19,10 +19,8 @@ import torch
 
 from tacq_vllm.cli import app
 from tests.builders import quantize_arguments
-from tests.compare.test_compare import arguments as comparison
 from tests.conftest import TinyLlama
 from tests.convert.sources import save_gptq
-from tests.evaluate.conftest import make_data
 
 Arguments = Callable[[Path], list[str]]
 """What makes a folder, on the command line."""
@@ -76,6 +74,8 @@ def run(
         code = 99
         try:
             sys.stdout = sys.stderr = os.fdopen(2, "w")
+            # Jobs in the background of a shell are told to ignore it.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             before()
             app(arguments, standalone_mode=True)
         except SystemExit as stop:
@@ -244,62 +244,3 @@ def test_no_memory(tiny_llama: TinyLlama, text_file: Path, tmp_path: Path) -> No
     assert words.splitlines()[-1].startswith("tacq: out of memory; ")
     assert "Traceback" not in words
     assert not (tmp_path / "made" / "out").exists()
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def table(
-    tiny_model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory
-) -> str:
-    """What it says when nothing goes wrong."""
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    code, words = run(comparison(tiny_model, folder, root))
-    assert code == 0, words
-    return (folder / "table.md").read_text()
-
-
-def test_a_comparison_killed_at_any_file(
-    tiny_model: Path, root: Path, table: str, tmp_path: Path
-) -> None:
-    command = comparison(tiny_model, tmp_path / "out", root)
-    kills, count, code = 0, 1, -1
-    while code != 0:
-        code, words = run(command, stop_at(count, kill))
-        assert code in (0, -signal.SIGKILL), words
-        kills, count = kills + 1, 2 * count + 1
-
-    assert kills > 3
-    assert (tmp_path / "out" / "table.md").read_text() == table
-
-
-def test_a_comparison_and_ctrl_c(
-    tiny_model: Path, root: Path, table: str, tmp_path: Path
-) -> None:
-    command = comparison(tiny_model, tmp_path / "out", root)
-
-    code, words = run(command, stop_at(20, lambda: os.kill(os.getpid(), signal.SIGINT)))
-
-    assert code == 130
-    assert words.splitlines()[-1].startswith("tacq: interrupted; the same command")
-    assert run(command)[0] == 0
-    assert (tmp_path / "out" / "table.md").read_text() == table
-
-
-def test_a_comparison_on_a_full_disk(
-    tiny_model: Path, root: Path, table: str, mount: Callable[..., Path]
-) -> None:
-    folder = mount(f"size={20 * 4096}")
-    command = comparison(tiny_model, folder / "out", root)
-
-    code, words = run(command)
-
-    assert code == 2, words
-    assert "No space left on device" in words.splitlines()[-1]
-    assert "Traceback" not in words
-    subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
-    assert run(command)[0] == 0
-    assert (folder / "out" / "table.md").read_text() == table

@@ -124,7 +124,7 @@ def test_streams_give_the_same_text(served: OpenAI, model_name: str) -> None:
     parts = chat.create(model=model_name, messages=QUESTION, stream=True, **options)
     streamed = "".join(part.choices[0].delta.content or "" for part in parts)
     assert streamed == answer.choices[0].message.content
-    assert "Paris" in streamed
+    assert "France" in streamed
 
 
 def test_logprobs(served: OpenAI, model_name: str) -> None:
