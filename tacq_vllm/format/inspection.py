@@ -10,7 +10,7 @@ from tacq_vllm.format.checkpoint import (
     read_any_schema,
     read_schema,
 )
-from tacq_vllm.format.linear import stored_bytes
+from tacq_vllm.format.layouts import stored_bytes
 from tacq_vllm.format.schema import FormatError, QuantizationSchema
 from tacq_vllm.format.simulated import AnySchema, SimulatedSchema
 from tacq_vllm.format.validation import header_faults, load_linear

@@ -9,7 +9,8 @@ import torch
 
 import tacq_vllm.format
 from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
-from tacq_vllm.format.linear import linear_specs, pack_linear
+from tacq_vllm.format.layouts import linear_specs
+from tacq_vllm.format.linear import pack_linear
 from tacq_vllm.format.outliers import select_outliers
 from tacq_vllm.format.validation import find_faults, load_linear
 from tacq_vllm.kernels.reference import dequantize
