@@ -75,8 +75,8 @@ def test_an_unknown_linear_may_be_cut_in_any_way():
         (llama(768, 1536, 64, 12, 4), -1, 12, 4, (1, 2, 4)),
         (llama(768, 1536, 64, 12, 4), 192, 12, 4, (1, 2, 4)),
         (llama(768, 1536, 64, 12, 4), 384, 12, 4, (1, 2)),
-        # Rows have no words to cut through: a head may have sixteen.
-        (llama(192, 384, 16, 4, 1), -1, 4, 1, (1, 2)),
+        # Rows have no words to cut through: a head of k and v may have 48.
+        (llama(192, 384, 48, 4, 1), -1, 4, 1, (1, 2)),
     ],
 )
 def test_sizes_of_clusters(linears, group_size, heads, kv_heads, sizes):

@@ -105,6 +105,21 @@ def test_contradictions_are_refused(fields: dict[str, Any], reason: str) -> None
         parse_schema(make_block(**fields))
 
 
+CLUSTERS = {"format_version": 2, "layout": "clusters", "bits": 2, "group_size": -1}
+
+
+def test_clusters_are_version_2() -> None:
+    block = make_block(**CLUSTERS)
+
+    schema = parse_schema(block)
+
+    assert schema.model_dump(mode="json").items() >= CLUSTERS.items()
+    assert schema.code_bits == pytest.approx(7 / 3)
+    ratio = schema.outlier_ratio
+    assert schema.paper_bits == pytest.approx(7 / 3 * (1 - ratio) + 32 * ratio)
+    assert "layout" not in parse_schema(make_block()).model_dump(mode="json")
+
+
 @pytest.mark.parametrize("field", ["bits", "group_size", "dtype", "linears"])
 def test_missing_fields_are_refused(field: str) -> None:
     block = make_block()

@@ -51,7 +51,7 @@ class LoadSummary:
         size = schema.group_size
         nbytes = sum(stored_bytes(schema, name) for name in schema.linears)
         parts = [
-            f"{schema.bits} bits",
+            f"{schema.code_bits:.3g} bits",
             "whole rows" if size == -1 else f"group {size}",
             f"{100 * schema.outlier_ratio:.2f} % kept",
             f"{8 * nbytes / schema.num_weights:.2f} effective bits",
