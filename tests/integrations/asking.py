@@ -134,7 +134,7 @@ def greedy_tokens(model: Any) -> list[list[int]]:
 
 
 def adapted_tokens(checkpoint: Path, adapter: Path) -> list[list[int]]:
-    """Make an adapter on packed linears, of random values, so that it changes something.
+    """Make an adapter on packed linears, its values random, so that it changes much.
 
     Gives the greedy tokens that follow the prompts, from it on the dequantized model.
     """
