@@ -4,14 +4,16 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig
 
 from tacq_vllm.format.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointWriter
-from tacq_vllm.format.schema import QuantizationSchema
+from tacq_vllm.format.schema import FORMAT_VERSIONS, LayoutName, QuantizationSchema
 from tests.builders import random_linear
+from tests.clusters import random_clustered
 
 SIZE, ROWS, KEPT = 16, 16, 0.1
 STEP_BYTES = 8
@@ -36,8 +38,8 @@ class Files:
         (folder / WEIGHTS_NAME).write_bytes(weights)
 
 
-def make_files(folder: Path) -> Files:
-    """A Llama of one block, 3 bits, as small as can be."""
+def make_files(folder: Path, layout: LayoutName) -> Files:
+    """A Llama of one block, 3 bits or clusters, as small as can be."""
     config = LlamaConfig(
         hidden_size=SIZE,
         intermediate_size=ROWS,
@@ -51,9 +53,10 @@ def make_files(folder: Path) -> Files:
     block, norms = "model.layers.0", ("input_layernorm", "post_attention_layernorm")
     parts = [f"self_attn.{x}_proj" for x in "qkvo"]
     parts += [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    make = random_clustered if layout == "clusters" else partial(random_linear, 3)
     writer, counts = CheckpointWriter(folder, 10**9), {}
     for seed, name in enumerate(f"{block}.{part}" for part in parts):
-        packed, _ = random_linear(3, ROWS, SIZE, 16, KEPT, torch.bfloat16, seed)
+        packed, _ = make(ROWS, SIZE, -1, KEPT, torch.bfloat16, seed)
         for suffix, tensor in packed.tensors().items():
             writer.add(f"{name}.{suffix}", tensor)
         counts[name] = packed.outliers.numel() - ROWS - 1
@@ -63,8 +66,10 @@ def make_files(folder: Path) -> Files:
     writer.add("model.embed_tokens.weight", ones.repeat(4, 1))
     writer.close()
     schema = QuantizationSchema(
-        bits=3,
-        group_size=16,
+        format_version=FORMAT_VERSIONS[layout],
+        layout=layout,
+        bits=2 if layout == "clusters" else 3,
+        group_size=-1,
         dtype="bfloat16",
         linears=dict.fromkeys(counts, (ROWS, SIZE)),
         circuits={"default": counts},

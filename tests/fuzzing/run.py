@@ -17,6 +17,7 @@ MEMORY = 2 << 30
 """Bytes that may be taken over those taken when all is imported."""
 
 with atheris.instrument_imports(include=["tacq_vllm.format"]):
+    from tacq_vllm.format.schema import LayoutName
     from tests.fuzzing.judge import judge
     from tests.fuzzing.mutations import (
         CHANGES,
@@ -33,12 +34,16 @@ def main() -> None:
     """Fuzz until told to stop."""
     with tempfile.TemporaryDirectory(prefix="tacq-fuzz-") as temporary:
         folder = Path(temporary)
-        files = make_files(folder)
-        assert judge(folder), "the good checkpoint is refused"
+        layouts: tuple[LayoutName, ...] = ("planes", "clusters")
+        good = []
+        for layout in layouts:
+            good.append(make_files(folder, layout))
+            assert judge(folder), f"the good checkpoint of {layout} is refused"
         counts = {False: 0, True: 0}
 
         def try_one(program: bytes) -> None:
-            mutate(files, program).write(folder)
+            # The length says which: no change depends on a byte left over.
+            mutate(good[len(program) % len(good)], program).write(folder)
             counts[judge(folder)] += 1
             if sum(counts.values()) % 500 == 0:
                 print(f"{counts[False]} refused, {counts[True]} read", file=sys.stderr)
@@ -49,7 +54,9 @@ def main() -> None:
         corpus.mkdir()
         for kind in range(len(CHANGES)):
             program = bytes([kind % 3, kind]) + bytes(range(STEP_BYTES - 2))
-            (corpus / str(kind)).write_bytes(program)
+            for length in range(STEP_BYTES, STEP_BYTES + len(good)):
+                seed = program.ljust(length, b"\0")
+                (corpus / f"{kind}-{length}").write_bytes(seed)
         program, *arguments = sys.argv
         atheris.Setup([program, *OPTIONS, *arguments, str(corpus)], try_one)
         atheris.Fuzz()

@@ -38,10 +38,12 @@ def encode(program: list[tuple[int, ...]]) -> bytes:
     )
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Files]:
+@pytest.fixture(scope="module", params=["planes", "clusters"])
+def good(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Files]:
     folder = tmp_path_factory.mktemp("fuzzed")
-    return folder, make_files(folder)
+    return folder, make_files(folder, request.param)
 
 
 def test_the_good_one_is_read(good: tuple[Path, Files]) -> None:
