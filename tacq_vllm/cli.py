@@ -56,6 +56,7 @@ class MethodOption(StrEnum):
     squeezellm = "squeezellm"
     spqr = "spqr"
     slim_llm = "slim-llm"
+    fineq = "fineq"
 
 
 class SaliencyOption(StrEnum):

@@ -240,6 +240,7 @@ def test_quantize_end_to_end(tiny_model: Path, text_file: Path, tmp_path: Path) 
     [
         (["--bits", "5"], "bits: Input should be 2, 3 or 4"),
         (["--group-size", "24"], "group_size 24: use -1 or a multiple of 16"),
+        (["--method", "fineq"], "bits 3: fineq has codes of 2"),
         (["--group-size", "48"], "q_proj: group_size 48 does not divide its 64"),
         (["--recipe", "nobody/nothing"], "no recipe 'nobody/nothing'"),
         (["--num-samples", "0"], "calibration.num_samples: "),
@@ -454,6 +455,25 @@ def test_export_what_is_no_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
     )
 
     assert_one_line(result, "not a TaCQ checkpoint")
+
+
+def test_every_command_knows_clusters(tiny_model: Path, tmp_path: Path) -> None:
+    output, dense = tmp_path / "out", tmp_path / "dense"
+    clusters = {"method": "fineq", "bits": 2, "group_size": -1}
+
+    result = tacq(*quantize_arguments(tiny_model, output, **clusters))
+
+    assert result.exit_code == 0, result.output
+    assert "(2.333 by the paper's formula), 0 weights kept" in result.stdout
+    text = tacq("inspect", output).stdout
+    assert "2.33 bits, a scale per row, bfloat16" in text
+    figures = json.loads(tacq("inspect", output, "--json").stdout)
+    assert (figures["layout"], figures["bits"]) == ("clusters", 2)
+    assert figures["code_bits"] == pytest.approx(7 / 3)
+    assert tacq("verify", output).exit_code == 0
+    result = tacq("export", output, "--to", "dequantized", "--output", dense)
+    assert result.exit_code == 0, result.output
+    assert "(2.33 bits)" in (dense / "README.md").read_text()
 
 
 def test_import(tiny_model: Path, tmp_path: Path) -> None:

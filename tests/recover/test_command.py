@@ -10,6 +10,7 @@ from tacq_vllm.config import RecipeError
 from tacq_vllm.format.checkpoint import read_schema
 from tacq_vllm.recover.budget import learning_rate
 from tacq_vllm.recover.config import RecoverConfig, load_recover_config
+from tests.hostile.good import CLUSTERED
 
 SMALL = ["--num-samples", "4", "--seq-len", "16", "--steps", "1", "--device", "cpu"]
 
@@ -83,6 +84,12 @@ def test_text_that_is_not_there_is_refused(
 def test_what_is_no_checkpoint_is_refused(tiny_model: Path, tmp_path: Path):
     assert_refused(recover(tiny_model, "--output", tmp_path / "out"), "not a TaCQ")
     assert_refused(recover("nowhere", "--output", tmp_path / "out"), "nowhere")
+
+
+def test_clusters_are_refused(tmp_path: Path):
+    result = recover(CLUSTERED, "--output", tmp_path / "out")
+
+    assert_refused(result, "codes in clusters cannot be trained")
 
 
 def test_a_full_output_is_refused(tiny_checkpoint: Path):
