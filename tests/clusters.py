@@ -1,9 +1,11 @@
-"""Random codes in FineQ's layout."""
+"""Random codes and linears in FineQ's layout."""
 
 import torch
 from torch import Tensor
 
+from tacq_vllm.format.clustered import ClusteredLinear, pack_clustered
 from tacq_vllm.format.clusters import Clusters
+from tacq_vllm.format.outliers import select_outliers
 
 
 def random_clusters(rows: int, length: int, seed: int) -> Clusters:
@@ -22,3 +24,33 @@ def random_clusters(rows: int, length: int, seed: int) -> Clusters:
     return Clusters(
         codes.flatten(1)[:, :length].to(torch.int8), indices.to(torch.uint8)
     )
+
+
+def random_clustered(
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    density: float,
+    dtype: torch.dtype,
+    seed: int,
+    outlier_rows: slice = slice(None),
+) -> tuple[ClusteredLinear, Tensor]:
+    """A linear of clusters and its dense weight, float64 [out, in].
+
+    Codes at kept weights are random too: the two parts are added, whatever they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (out_features, in_features)
+    size = in_features if group_size == -1 else group_size
+    clusters = random_clusters(out_features, in_features, seed)
+    scales = torch.randn(out_features, in_features // size, generator=generator)
+    scales = (scales * 0.1).to(dtype)
+    values = torch.randn(shape, generator=generator).to(dtype)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[outlier_rows] = (
+        torch.rand(mask[outlier_rows].shape, generator=generator) < density
+    )
+
+    dense = clusters.codes * scales.double().repeat_interleave(size, dim=1)
+    dense[mask] += values[mask].double()
+    return pack_clustered(clusters, scales, select_outliers(values, mask)), dense
