@@ -47,7 +47,9 @@ def inspection_json(figures: "Inspection") -> dict[str, object]:
     """What `tacq inspect --json` prints."""
     return {
         "simulated": figures.simulated,
+        "layout": figures.layout,
         "bits": figures.bits,
+        "code_bits": figures.code_bits,
         "group_size": figures.group_size,
         "dtype": figures.dtype,
         "effective_bits": figures.effective_bits,
@@ -80,7 +82,7 @@ def print_inspection(figures: "Inspection") -> None:
     group = "row" if figures.group_size == -1 else f"{figures.group_size} columns"
     per = "a table" if figures.simulated == "squeezellm" else "a scale"
     typer.echo(
-        f"{figures.bits} bits, {per} per {group}, {figures.dtype}; "
+        f"{figures.code_bits:.3g} bits, {per} per {group}, {figures.dtype}; "
         f"{figures.outliers:,} of {figures.weights:,} weights kept in 16 bits"
     )
     if figures.paper_bits is None:

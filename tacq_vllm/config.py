@@ -13,13 +13,14 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from tacq_vllm.config_methods import (
+    FineqConfig,
     Section,
     SlimLlmConfig,
     SpqrConfig,
     SqueezeLlmConfig,
 )
 
-Method = Literal["tacq", "gptq", "rtn", "squeezellm", "spqr", "slim-llm"]
+Method = Literal["tacq", "gptq", "rtn", "squeezellm", "spqr", "slim-llm", "fineq"]
 SaliencyMetric = Literal["tacq", "qal", "msg", "grad", "fisher", "magnitude"]
 StorageDtype = Literal["bfloat16", "float16"]
 
@@ -145,16 +146,18 @@ class Recipe(Section):
     method: Method = Field(
         "tacq",
         description="tacq; gptq: without kept weights; rtn: each weight rounded by "
-        "itself, on the same grids, without any text; or, simulated, squeezellm, spqr "
-        "or slim-llm (docs/methods.md).",
+        "itself, on the same grids, without any text; fineq: clusters of three "
+        "weights; or, simulated, squeezellm, spqr or slim-llm (docs/methods.md).",
     )
     bits: Literal[2, 3, 4] = Field(
-        3, description="Bits of a code; slim-llm: on average; spqr: one less."
+        3,
+        description="Bits of a code; slim-llm: on average; spqr: one less; fineq: 2, "
+        "and 3 beside an outlier, 2.33 with its indices.",
     )
     group_size: int = Field(
         -1,
-        description="Input columns that share a scale; -1: the whole row. squeezellm "
-        "always has the row, spqr its own.",
+        description="Input columns that share a scale; -1: the whole row. fineq: -1 or "
+        "a multiple of 96; squeezellm always has the row, spqr its own.",
     )
     calibration: CalibrationConfig = CalibrationConfig()
     outliers: OutlierConfig = OutlierConfig()
@@ -162,10 +165,11 @@ class Recipe(Section):
     squeezellm: SqueezeLlmConfig = SqueezeLlmConfig()
     spqr: SpqrConfig = SpqrConfig()
     slim_llm: SlimLlmConfig = SlimLlmConfig()
+    fineq: FineqConfig = FineqConfig()
     export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
-    def _check_group_size(self) -> Self:
+    def _check_grid(self) -> Self:
         if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
             raise ValueError(
                 f"group_size {self.group_size}: use -1 or a multiple of 16"
@@ -174,17 +178,22 @@ class Recipe(Section):
             raise ValueError(
                 "slim-llm chooses bits by group: give a group_size (its paper: 128)"
             )
+        if self.method == "fineq" and self.bits != 2:
+            raise ValueError(
+                f"bits {self.bits}: fineq has codes of 2, and of 3 beside an outlier: "
+                "give 2"
+            )
+        if self.method == "fineq" and self.group_size != -1 and self.group_size % 96:
+            raise ValueError(
+                f"group_size {self.group_size}: of fineq it is -1, the whole row, or a "
+                "multiple of 96"
+            )
         return self
-
-    @property
-    def outlier_ratio(self) -> float:
-        """Share of weights that the method keeps: zero but for TaCQ."""
-        return self.outliers.ratio if self.method == "tacq" else 0.0
 
     @property
     def sections_of_others(self) -> set[str]:
         """The sections that another method's settings are in."""
-        sections = {"squeezellm", "spqr", "slim_llm"}
+        sections = {"squeezellm", "spqr", "slim_llm", "fineq"}
         return sections - {self.method.replace("-", "_")}
 
 

@@ -75,6 +75,21 @@ class SpqrConfig(Section):
     )
 
 
+class FineqConfig(Section):
+    """FineQ (arXiv 2504.19746): clusters of three weights, outliers with more bits."""
+
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest",
+        description="Each weight by itself, without any text (paper), or so that later "
+        "columns make up for errors.",
+    )
+    keep_outliers: bool = Field(
+        False,
+        description="Keep weights in 16 bits beside the clusters, as `outliers` says: "
+        "TaCQ on this layout. Paper: false.",
+    )
+
+
 class SlimLlmConfig(Section):
     """SliM-LLM (arXiv 2405.14917): bits by group. Its groups are `group_size`."""
 

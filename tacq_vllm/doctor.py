@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from tacq_vllm.format.checkpoint import read_schema
-from tacq_vllm.format.linear import PackedLinear, linear_specs
+from tacq_vllm.format.layouts import layout_of, linear_specs
 from tacq_vllm.format.schema import DEFAULT_CIRCUIT, QuantizationSchema
+from tacq_vllm.format.stored import StoredLinear
 from tacq_vllm.kernels.ops import kernel_name
 
 _CPU_FEATURES = ("avx2", "avx512bw", "avx512vnni")
@@ -154,13 +155,13 @@ def _plugin() -> Finding:
     return Finding(name, "found")
 
 
-def _empty_linear(schema: QuantizationSchema, name: str) -> PackedLinear:
+def _empty_linear(schema: QuantizationSchema, name: str) -> StoredLinear:
     """Tensors of a linear's types and shapes, on the device that would serve it."""
     tensors = {
         suffix: torch.empty(spec.shape, dtype=spec.dtype, device=_device())
         for suffix, spec in linear_specs(schema, name).items()
     }
-    return PackedLinear.from_tensors(tensors, schema.bits, schema.linears[name][1])
+    return layout_of(schema).linear(tensors, schema.linears[name][1])
 
 
 @functools.cache

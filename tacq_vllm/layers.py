@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from tacq_vllm.format.linear import PackedLinear, TensorSpec, tensor_names
+from tacq_vllm.format.stored import Layout, StoredLinear, TensorSpec
 from tacq_vllm.kernels.ops import stored_linear
 from tacq_vllm.kernels.reference import dequantize
 
@@ -16,25 +16,24 @@ class TacqLinear(nn.Module):
 
     Args:
         specs: type and shape of each tensor, from `linear_specs`.
-        bits: bits of a code.
+        layout: how the codes are stored.
         in_features: columns of the weight.
         bias: an unquantized bias [out], or None.
     """
 
     qweight: Tensor
     scales: Tensor
-    qzeros: Tensor
     outliers: Tensor
 
     def __init__(
         self,
         specs: dict[str, TensorSpec],
-        bits: int,
+        layout: Layout,
         in_features: int,
         bias: nn.Parameter | None,
     ) -> None:
         super().__init__()
-        self.bits = bits
+        self.layout = layout
         self.in_features = in_features
         self.out_features = specs["qweight"].shape[0]
         for name, spec in specs.items():
@@ -42,10 +41,9 @@ class TacqLinear(nn.Module):
         self.bias = bias
 
     @property
-    def packed(self) -> PackedLinear:
+    def packed(self) -> StoredLinear:
         """The stored tensors."""
-        tensors = {name: getattr(self, name) for name in tensor_names(self.bits)}
-        return PackedLinear.from_tensors(tensors, self.bits, self.in_features)
+        return self.layout.linear(dict(self.named_buffers()), self.in_features)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The dense weight [out, in]."""
@@ -53,7 +51,7 @@ class TacqLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in] with the weight: [..., out]."""
-        return stored_linear(x, self, self.bits, self.bias)
+        return stored_linear(x, self, self.layout, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the tensors, but never convert them, as `model.half()` would.
@@ -70,5 +68,5 @@ class TacqLinear(nn.Module):
         """Sizes, as `nn.Linear` shows them."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bits={self.bits}, bias={self.bias is not None}"
+            f"layout={self.layout}, bias={self.bias is not None}"
         )

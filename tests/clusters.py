@@ -1,4 +1,4 @@
-"""Random codes and linears in FineQ's layout."""
+"""Random codes in FineQ's layout."""
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def random_clustered(
     seed: int,
     outlier_rows: slice = slice(None),
 ) -> tuple[ClusteredLinear, Tensor]:
-    """A linear of clusters and its dense weight, float64 [out, in].
+    """A linear in clusters and its dense weight, float64 [out, in].
 
     Codes at kept weights are random too: the two parts are added, whatever they are.
     """
@@ -43,8 +43,8 @@ def random_clustered(
     shape = (out_features, in_features)
     size = in_features if group_size == -1 else group_size
     clusters = random_clusters(out_features, in_features, seed)
-    scales = torch.randn(out_features, in_features // size, generator=generator)
-    scales = (scales * 0.1).to(dtype)
+    grid_shape = (out_features, in_features // size)
+    scales = (torch.randn(grid_shape, generator=generator) * 0.1).to(dtype)
     values = torch.randn(shape, generator=generator).to(dtype)
     mask = torch.zeros(shape, dtype=torch.bool)
     mask[outlier_rows] = (

@@ -2,8 +2,11 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+Step = Callable[[int, int], int]
 
 
 def bfloat16(pattern: int) -> float:
@@ -25,17 +28,34 @@ def read_tensor(path: Path, name: str) -> tuple[list[int], list[int]]:
 def read_weight(path: Path, name: str, config: dict[str, Any]) -> list[list[float]]:
     """W as SPEC.md defines it, one number at a time."""
     out, in_ = config["linears"][name]
+    group = in_ if config["group_size"] == -1 else config["group_size"]
+    groups = in_ // group
+    is_clustered = config.get("layout") == "clusters"
+    step = (clustered_step if is_clustered else plane_step)(path, name, config)
+    scales, table = (
+        read_tensor(path, f"{name}.{part}")[1] for part in ("scales", "outliers")
+    )
+    weight = [
+        [step(r, k) * bfloat16(scales[r * groups + k // group]) for k in range(in_)]
+        for r in range(out)
+    ]
+    for r in range(out):
+        for entry in table[out + 1 + table[r] : out + 1 + table[r + 1]]:
+            weight[r][entry & 0xFFFF] += bfloat16(entry >> 16)
+    return weight
+
+
+def plane_step(path: Path, name: str, config: dict[str, Any]) -> Step:
+    """What gives code - zero of a row and a column."""
+    _, in_ = config["linears"][name]
     bits = config["bits"]
     group = in_ if config["group_size"] == -1 else config["group_size"]
     groups = in_ // group
     width = 4 if bits == 4 else 2
-    tensors = {
-        part: read_tensor(path, f"{name}.{part}")
-        for part in ("qweight", "scales", "qzeros", "outliers")
-    }
+    parts = ["qweight", "qzeros"]
     if bits == 3:
-        for part in ("qweight_high", "qzeros_high"):
-            tensors[part] = read_tensor(path, f"{name}.{part}")
+        parts += ["qweight_high", "qzeros_high"]
+    tensors = {part: read_tensor(path, f"{name}.{part}") for part in parts}
 
     def code(row: int, column: int) -> int:
         def field(part: str, width: int) -> int:
@@ -56,16 +76,30 @@ def read_weight(path: Path, name: str, config: dict[str, Any]) -> list[list[floa
         low = field("qzeros", width)
         return low + 4 * field("qzeros_high", 1) if bits == 3 else low
 
-    weight = [
-        [
-            (code(r, k) - zero(r, k // group))
-            * bfloat16(tensors["scales"][1][r * groups + k // group])
-            for k in range(in_)
-        ]
-        for r in range(out)
-    ]
-    table = tensors["outliers"][1]
-    for r in range(out):
-        for entry in table[out + 1 + table[r] : out + 1 + table[r + 1]]:
-            weight[r][entry & 0xFFFF] += bfloat16(entry >> 16)
-    return weight
+    return lambda row, column: code(row, column) - zero(row, column // group)
+
+
+def clustered_step(path: Path, name: str, config: dict[str, Any]) -> Step:
+    """What gives the code of a row and a column."""
+    (_, words), values = read_tensor(path, f"{name}.qweight")
+
+    def code(row: int, column: int) -> int:
+        first = row * words + 7 * (column // 96)
+        block = values[first : first + 7]
+
+        def field(k: int) -> int:
+            return (block[k // 16] >> (2 * (k % 16))) & 3
+
+        cluster, place = divmod(column % 96, 3)
+        index = (block[6] >> (2 * (cluster // 2))) & 3
+        low = field(3 * cluster + place)
+        if index == 0:
+            return low - 4 * (low >> 1)
+        zeroed = index - 1
+        if place == zeroed:
+            return 0
+        others = [other for other in range(3) if other != zeroed]
+        high = field(3 * cluster + zeroed) >> others.index(place) & 1
+        return low - 4 * high
+
+    return code

@@ -102,8 +102,3 @@ def test_overrides_replace_single_fields() -> None:
 def test_overrides_are_checked() -> None:
     with pytest.raises(RecipeError, match=r"options: calibration\.seed: "):
         override_recipe(Recipe(), {"calibration.seed": -1})
-
-
-def test_plain_gptq_keeps_nothing() -> None:
-    assert Recipe(method="gptq").outlier_ratio == 0.0
-    assert Recipe().outlier_ratio == 0.0035

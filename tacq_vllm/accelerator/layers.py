@@ -62,7 +62,7 @@ def quantized_layer(name: str, W: Tensor, out_features: int) -> Layer:
         W: float32 [some rows, in].
         out_features: rows of the whole layer.
     """
-    weight = round_to_clusters(W, -1, torch.bfloat16, GRID)
+    weight = round_to_clusters(W, None, -1, torch.bfloat16, GRID)
     return Layer(name, out_features, weight.clusters.codes.numpy())
 
 

@@ -116,7 +116,8 @@ class Comparison:
                 self.protocol.data_root,
             )
             figures = inspect_checkpoint(output)
-            if cell.recipe(self.recipe).method == "tacq" and find_spec("matplotlib"):
+            is_packed = figures.simulated is None
+            if is_packed and figures.outliers and find_spec("matplotlib"):
                 maps = self.folder / MAPS_FOLDER
                 maps.mkdir(parents=True, exist_ok=True)
                 plot_outliers(output, figures, maps / f"{name}.png")

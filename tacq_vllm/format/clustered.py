@@ -16,6 +16,7 @@ from tacq_vllm.format.clusters import (
     unpack_clusters,
 )
 from tacq_vllm.format.outliers import Outliers, encode_outliers
+from tacq_vllm.format.schema import LayoutName
 from tacq_vllm.format.stored import TensorSpec
 
 
@@ -23,6 +24,8 @@ from tacq_vllm.format.stored import TensorSpec
 class ClusteredLayout:
     """Clusters of three weights: codes of 2 bits, or of 3 beside an outlier."""
 
+    name: ClassVar[LayoutName] = "clusters"
+    bits: ClassVar[int] = 2
     row_multiple: ClassVar[int] = 1
     column_multiple: ClassVar[int] = BLOCK
     largest_step: ClassVar[int] = -WIDE[0]

@@ -118,24 +118,6 @@ def unpack_clusters(words: Tensor, length: int) -> Clusters:
     )
 
 
-def dequantize_clusters(
-    words: Tensor, scales: Tensor, in_features: int, group_size: int
-) -> Tensor:
-    """The dense weight: code · scale, in float32.
-
-    Args:
-        words: int32 [out, clustered_words(in)].
-        scales: [out, ceil(in / group_size)], or [out, 1] for a group size of -1. They
-            may be negative.
-        in_features: columns of the weight.
-        group_size: columns that share a scale, or -1.
-    """
-    codes = unpack_clusters(words, in_features).codes.to(torch.float32)
-    size = in_features if group_size == -1 else group_size
-    spread = scales.to(torch.float32).repeat_interleave(size, dim=-1)
-    return codes * spread[..., :in_features]
-
-
 def slice_cluster_columns(
     words: Tensor, start: int, stop: int, in_features: int
 ) -> Tensor:

@@ -10,8 +10,8 @@ from tacq_vllm.format.checkpoint import (
     read_any_schema,
     read_schema,
 )
-from tacq_vllm.format.linear import stored_bytes
-from tacq_vllm.format.schema import FormatError, QuantizationSchema
+from tacq_vllm.format.layouts import stored_bytes
+from tacq_vllm.format.schema import FormatError, LayoutName, QuantizationSchema
 from tacq_vllm.format.simulated import AnySchema, SimulatedSchema
 from tacq_vllm.format.validation import header_faults, load_linear
 
@@ -43,6 +43,8 @@ class Inspection:
     """A checkpoint in figures."""
 
     bits: int
+    code_bits: float
+    """Bits that a code takes: those of clusters have a share of an index each."""
     group_size: int
     dtype: str
     linears: tuple[LinearInfo, ...]
@@ -53,6 +55,8 @@ class Inspection:
     simulated."""
     tensor_parallel_sizes: tuple[int, ...] | None
     """Numbers of ranks that the linears can be cut for; None: the file does not say."""
+    layout: LayoutName | None = None
+    """How codes are stored; None: simulated."""
     simulated: str | None = None
     """The method whose parts the format cannot hold: the weights are in 16 bits."""
 
@@ -95,6 +99,7 @@ def inspect_weights(folder: Path, schema: AnySchema) -> Inspection:
             raise FormatError(fault)
         return Inspection(
             bits=schema.bits,
+            code_bits=schema.code_bits,
             group_size=schema.group_size,
             dtype=schema.dtype,
             linears=tuple(
@@ -103,6 +108,7 @@ def inspect_weights(folder: Path, schema: AnySchema) -> Inspection:
             ),
             checkpoint_bytes=reader.file_bytes,
             paper_bits=schema.paper_bits,
+            layout=schema.layout,
             tensor_parallel_sizes=schema.tensor_parallel_sizes,
         )
 
@@ -120,6 +126,7 @@ def _inspect_simulated(reader: CheckpointReader, schema: SimulatedSchema) -> Ins
         linears.append(info)
     return Inspection(
         bits=schema.bits,
+        code_bits=schema.bits,
         group_size=schema.group_size,
         dtype=schema.dtype,
         linears=tuple(linears),

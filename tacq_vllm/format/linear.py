@@ -1,14 +1,15 @@
-"""The tensors of one quantized linear (SPEC.md, "Tensors")."""
+"""The tensors of a linear whose codes are in planes (SPEC.md, "Tensors")."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tacq_vllm.format.outliers import (
     Outliers,
-    decode_outliers,
     encode_outliers,
     slice_outlier_columns,
     slice_outlier_rows,
@@ -20,31 +21,45 @@ from tacq_vllm.format.packing import (
     packed_size,
     unpack_codes,
 )
-from tacq_vllm.format.schema import QuantizationSchema, num_groups
+from tacq_vllm.format.schema import LayoutName
+from tacq_vllm.format.stored import TensorSpec, unpack_outliers
 
 PLANE_SUFFIXES = ("", "_high")
 """What the name of each plane's tensor ends with, lowest bits first."""
 
 
-def tensor_names(bits: int) -> tuple[str, ...]:
-    """The last parts of the names of a linear's tensors."""
-    suffixes = PLANE_SUFFIXES[: len(PLANE_WIDTHS[bits])]
-    weights = (f"qweight{suffix}" for suffix in suffixes)
-    zeros = (f"qzeros{suffix}" for suffix in suffixes)
-    return (*weights, *zeros, "scales", "outliers")
-
-
 @dataclass(frozen=True)
-class TensorSpec:
-    """Type and shape that a tensor must have."""
+class PlanesLayout:
+    """Codes of 2 to 4 bits in planes, and zero-points."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    bits: int
+
+    name: ClassVar[LayoutName] = "planes"
+    row_multiple: ClassVar[int] = WORD_BITS
+    column_multiple: ClassVar[int] = WORD_BITS
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+    def largest_step(self) -> int:
+        """See `Layout`."""
+        return (1 << self.bits) - 1
+
+    def code_specs(
+        self, out_features: int, in_features: int, groups: int
+    ) -> dict[str, TensorSpec]:
+        """See `Layout`."""
+        specs = {}
+        for width, suffix in zip(PLANE_WIDTHS[self.bits], PLANE_SUFFIXES, strict=False):
+            specs[f"qweight{suffix}"] = TensorSpec(
+                torch.int32, (out_features, packed_size(in_features, width))
+            )
+            specs[f"qzeros{suffix}"] = TensorSpec(
+                torch.int32, (packed_size(out_features, width), groups)
+            )
+        return specs
+
+    def linear(self, tensors: Mapping[str, Tensor], in_features: int) -> "PackedLinear":
+        """See `Layout`."""
+        return PackedLinear.from_tensors(tensors, self.bits, in_features)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,11 @@ class PackedLinear:
     in_features: int
 
     @property
+    def layout(self) -> PlanesLayout:
+        """How its codes are stored."""
+        return PlanesLayout(self.bits)
+
+    @property
     def out_features(self) -> int:
         """Rows of the weight."""
         return self.qweight.shape[0]
@@ -86,6 +106,23 @@ class PackedLinear:
     def zero_planes(self) -> tuple[Tensor, ...]:
         """The planes of the zero-points, lowest bits first."""
         return _planes(self.qzeros, self.qzeros_high)
+
+    @cached_property
+    def zeros(self) -> Tensor:
+        """The zero-points: uint8 [out, groups]."""
+        return unpack_codes(self.zero_planes, self.bits, self.out_features, dim=0)
+
+    def steps(self, start: int, stop: int) -> Tensor:
+        """Codes less their zero-points, of the rows [start, stop).
+
+        Returns:
+            float32 [stop - start, in].
+        """
+        planes = tuple(plane[start:stop] for plane in self.weight_planes)
+        codes = unpack_codes(planes, self.bits, self.in_features)
+        grouped = codes.view(len(codes), self.scales.shape[1], -1).to(torch.float32)
+        grouped -= self.zeros[start:stop].unsqueeze(-1)
+        return grouped.flatten(1)
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by the last part of their names."""
@@ -135,33 +172,6 @@ def pack_linear(
     return PackedLinear.from_tensors(tensors, bits, codes.shape[1])
 
 
-def unpack_outliers(linear: PackedLinear) -> Outliers:
-    """Decode the kept weights of a linear."""
-    return decode_outliers(linear.outliers, linear.out_features, linear.scales.dtype)
-
-
-def linear_specs(schema: QuantizationSchema, name: str) -> dict[str, TensorSpec]:
-    """Type and shape of every tensor of one linear, by the last part of its name."""
-    out_features, in_features = schema.linears[name]
-    groups = num_groups(in_features, schema.group_size)
-    specs = {"scales": TensorSpec(schema.torch_dtype, (out_features, groups))}
-    for width, suffix in zip(PLANE_WIDTHS[schema.bits], PLANE_SUFFIXES, strict=False):
-        specs[f"qweight{suffix}"] = TensorSpec(
-            torch.int32, (out_features, packed_size(in_features, width))
-        )
-        specs[f"qzeros{suffix}"] = TensorSpec(
-            torch.int32, (packed_size(out_features, width), groups)
-        )
-    words = out_features + 1 + schema.num_outliers(name)
-    specs["outliers"] = TensorSpec(torch.int32, (words,))
-    return specs
-
-
-def stored_bytes(schema: QuantizationSchema, name: str) -> int:
-    """Bytes of all tensors of one linear."""
-    return sum(spec.nbytes for spec in linear_specs(schema, name).values())
-
-
 def slice_rows(linear: PackedLinear, start: int, stop: int) -> PackedLinear:
     """Cut output rows [start, stop), as column-parallel linears are.
 
@@ -170,11 +180,12 @@ def slice_rows(linear: PackedLinear, start: int, stop: int) -> PackedLinear:
     """
     _check_cut("rows", start, stop, linear.out_features, WORD_BITS)
     outliers = slice_outlier_rows(unpack_outliers(linear), start, stop)
-    zeros = unpack_codes(linear.zero_planes, linear.bits, linear.out_features, dim=0)
     tensors = {
         **linear.tensors(),
         **_named_planes("qweight", tuple(p[start:stop] for p in linear.weight_planes)),
-        **_named_planes("qzeros", pack_codes(zeros[start:stop], linear.bits, dim=0)),
+        **_named_planes(
+            "qzeros", pack_codes(linear.zeros[start:stop], linear.bits, dim=0)
+        ),
         "scales": linear.scales[start:stop],
         "outliers": encode_outliers(outliers),
     }

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from tacq_vllm.format.packing import WORD_BITS
+from tacq_vllm.format.stored import Layout
 
 _FUSED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Cut along `out`, and in one module with their neighbours: see `_row_parts`."""
@@ -18,6 +18,7 @@ def tensor_parallel_sizes(
     group_size: int,
     num_heads: int,
     num_kv_heads: int,
+    layout: Layout,
 ) -> tuple[int, ...] | None:
     """The numbers of ranks for which no cut goes through a head, a word or a group.
 
@@ -26,6 +27,7 @@ def tensor_parallel_sizes(
         group_size: input columns that share a scale; -1: the whole row.
         num_heads: attention heads; a rank has at least one.
         num_kv_heads: heads of keys and values; ranks may share one.
+        layout: how the codes are stored, which says where words end.
 
     Returns:
         Ascending sizes, or None: how an engine cuts one of the linears is not known.
@@ -39,27 +41,27 @@ def tensor_parallel_sizes(
         if num_heads % size == 0
         and (num_kv_heads % size == 0 or size % num_kv_heads == 0)
         and all(
-            _is_cut_by_columns(in_features, size, group_size)
+            _is_cut_by_columns(in_features, size, group_size, layout)
             if leaf in _CUT_BY_COLUMNS
-            else _is_cut_by_rows(leaf, out_features, size, num_heads, num_kv_heads)
+            # Even where nothing is cut the parts lie one after the other.
+            else all(
+                rows % (layout.row_multiple * cuts) == 0
+                for rows, cuts in _row_parts(
+                    leaf, out_features, size, num_heads, num_kv_heads
+                )
+            )
             for leaf, (out_features, in_features) in shapes
         )
     )
 
 
-def _is_cut_by_columns(in_features: int, size: int, group_size: int) -> bool:
+def _is_cut_by_columns(
+    in_features: int, size: int, group_size: int, layout: Layout
+) -> bool:
     return size == 1 or (
-        in_features % (WORD_BITS * size) == 0
+        in_features % (layout.column_multiple * size) == 0
         and in_features % (max(group_size, 1) * size) == 0
     )
-
-
-def _is_cut_by_rows(
-    leaf: str, out_features: int, size: int, num_heads: int, num_kv_heads: int
-) -> bool:
-    # Even where nothing is cut the parts lie one after the other in fused words.
-    parts = _row_parts(leaf, out_features, size, num_heads, num_kv_heads)
-    return all(rows % (WORD_BITS * cuts) == 0 for rows, cuts in parts)
 
 
 def _row_parts(

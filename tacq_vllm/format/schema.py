@@ -16,10 +16,16 @@ from pydantic import (
 )
 
 from tacq_vllm.config import StorageDtype, one_line
+from tacq_vllm.format.clusters import BLOCK, BLOCK_WORDS
 from tacq_vllm.format.outliers import MAX_IN_FEATURES
+from tacq_vllm.format.packing import WORD_BITS
+
+LayoutName = Literal["planes", "clusters"]
 
 QUANT_METHOD: Final = "tacq"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSIONS: Final[dict[LayoutName, Literal[1, 2]]] = {"planes": 1, "clusters": 2}
+"""The first version that knows a layout, which is what a writer states."""
+
 DEFAULT_CIRCUIT = "default"
 
 _MAX_COUNT = 2**31 - 1
@@ -57,8 +63,13 @@ class QuantizationSchema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     quant_method: Literal["tacq"] = QUANT_METHOD
-    format_version: Literal[1] = FORMAT_VERSION
-    bits: Literal[2, 3, 4] = Field(description="Bits of a code.")
+    format_version: Literal[1, 2] = FORMAT_VERSIONS["planes"]
+    layout: LayoutName = Field(
+        "planes", description="How codes are stored; version 1 knows planes alone."
+    )
+    bits: Literal[2, 3, 4] = Field(
+        description="Bits of a code; of clusters 2, without those beside an outlier."
+    )
     group_size: int = Field(
         ge=-1, description="Input columns that share a scale; -1: the whole row."
     )
@@ -79,8 +90,14 @@ class QuantizationSchema(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.group_size == 0 or (self.group_size > 0 and self.group_size % 16):
-            raise ValueError(f"group_size {self.group_size}: not -1 or 16, 32, …")
+        if self.format_version != FORMAT_VERSIONS[self.layout]:
+            raise ValueError(
+                f"layout {self.layout}: not that of format_version "
+                f"{self.format_version}"
+            )
+        if self.layout == "clusters" and self.bits != 2:
+            raise ValueError(f"bits {self.bits}: clusters have 2")
+        check_group_size(self.group_size, self.layout)
         if set(self.circuits) != {DEFAULT_CIRCUIT}:
             raise ValueError("circuits: version 1 has exactly one table, `default`")
         if self.circuits[DEFAULT_CIRCUIT].keys() != self.linears.keys():
@@ -93,10 +110,12 @@ class QuantizationSchema(BaseModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _leave_out_unknown(
+    def _leave_out_defaults(
         self, handler: SerializerFunctionWrapHandler
     ) -> dict[str, Any]:
         block: dict[str, Any] = handler(self)
+        if self.layout == "planes":
+            del block["layout"]
         if self.tensor_parallel_sizes is None:
             del block["tensor_parallel_sizes"]
         return block
@@ -121,14 +140,34 @@ class QuantizationSchema(BaseModel):
         return sum(self.circuits[DEFAULT_CIRCUIT].values()) / self.num_weights
 
     @property
+    def code_bits(self) -> float:
+        """Bits that the codes take per weight, without padding."""
+        if self.layout == "clusters":
+            return BLOCK_WORDS * WORD_BITS / BLOCK
+        return self.bits
+
+    @property
     def paper_bits(self) -> float:
         """Bits per weight by the paper's formula N - N·r + 32·r (appendix A)."""
-        return self.bits * (1 - self.outlier_ratio) + 32 * self.outlier_ratio
+        return self.code_bits * (1 - self.outlier_ratio) + 32 * self.outlier_ratio
 
 
 def storage_dtype(name: StorageDtype) -> torch.dtype:
     """The torch dtype of a storage type's name."""
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def check_group_size(group_size: int, layout: LayoutName) -> None:
+    """Refuse a size of groups that a layout cannot have.
+
+    Raises:
+        ValueError: naming those that it can.
+    """
+    multiple = BLOCK if layout == "clusters" else 16
+    if group_size == 0 or (group_size > 0 and group_size % multiple):
+        raise ValueError(
+            f"group_size {group_size}: not -1 or {multiple}, {2 * multiple}, …"
+        )
 
 
 def check_linear_shape(
@@ -169,10 +208,11 @@ def parse_schema(block: object) -> QuantizationSchema:
             "not a TaCQ checkpoint"
         )
     version = block.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS.values():
         raise FormatError(
             f"config.json: format_version {version!r} is not known to this tacq-vllm, "
-            f"which reads version {FORMAT_VERSION}: install a newer tacq-vllm"
+            f"which reads {' and '.join(map(str, FORMAT_VERSIONS.values()))}: install "
+            "a newer tacq-vllm"
         )
     try:
         # JSON mode: lists become tuples, nothing else is converted.

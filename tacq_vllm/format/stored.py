@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tacq_vllm.format.outliers import Outliers, decode_outliers
+from tacq_vllm.format.schema import LayoutName
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ class StoredLinear(Protocol):
 
 class Layout(Protocol):
     """How codes are stored."""
+
+    @property
+    def name(self) -> LayoutName:
+        """What the configuration calls it."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code, as the configuration states them."""
 
     @property
     def row_multiple(self) -> int:

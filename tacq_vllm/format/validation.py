@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tacq_vllm.format.checkpoint import CONFIG_NAME, CheckpointReader, read_schema
 from tacq_vllm.format.json_object import read_json
-from tacq_vllm.format.linear import PackedLinear, linear_specs, tensor_names
+from tacq_vllm.format.layouts import layout_of, linear_specs
 from tacq_vllm.format.schema import FormatError, QuantizationSchema, printable
 from tacq_vllm.format.skeleton import Skeleton, read_skeleton
+from tacq_vllm.format.stored import StoredLinear
 from tacq_vllm.format.values import LinearFault, check_linear
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -59,7 +60,9 @@ def check_headers(folder: Path, schema: QuantizationSchema) -> dict[str, str]:
         return {
             name: reader[name].file_name
             for linear in schema.linears
-            for name in (f"{linear}.{suffix}" for suffix in tensor_names(schema.bits))
+            for name in (
+                f"{linear}.{suffix}" for suffix in linear_specs(schema, linear)
+            )
         }
 
 
@@ -97,13 +100,14 @@ def header_faults(
                     f"{stored.file_name}: {name} is {stored.dtype_name} "
                     f"{list(stored.shape)}, not {spec.dtype} {list(spec.shape)}"
                 )
-    known = {*tensor_names(schema.bits), "bias"}
     for name in reader:
         linear, _, suffix = name.rpartition(".")
-        if linear in schema.linears and suffix not in known:
+        if linear in schema.linears and suffix != "bias":
+            if suffix in linear_specs(schema, linear):
+                continue
+            kind = "clustered" if schema.layout == "clusters" else f"{schema.bits}-bit"
             yield (
-                f"{reader[name].file_name}: {name}: a {schema.bits}-bit linear has no "
-                "such tensor"
+                f"{reader[name].file_name}: {name}: a {kind} linear has no such tensor"
             )
 
 
@@ -133,12 +137,12 @@ def fault_line(files: Mapping[str, str], linear: str, fault: LinearFault) -> str
 
 def load_linear(
     reader: CheckpointReader, schema: QuantizationSchema, name: str
-) -> PackedLinear:
+) -> StoredLinear:
     """Read the tensors of one linear whose headers have been checked."""
     tensors = {
         suffix: reader.load(f"{name}.{suffix}") for suffix in linear_specs(schema, name)
     }
-    return PackedLinear.from_tensors(tensors, schema.bits, schema.linears[name][1])
+    return layout_of(schema).linear(tensors, schema.linears[name][1])
 
 
 def _model_faults(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tacq_vllm.format.linear import PackedLinear, unpack_outliers
 from tacq_vllm.format.outliers import MAX_WEIGHT, check_outliers
+from tacq_vllm.format.stored import Layout, StoredLinear, unpack_outliers
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class LinearFault:
         return f"{self.tensor}: {self.reason}"
 
 
-def check_linear(linear: PackedLinear) -> LinearFault | None:
+def check_linear(linear: StoredLinear) -> LinearFault | None:
     """Say what is wrong with the values of a linear's tensors, or None.
 
     Types and shapes are assumed to be those of `linear_specs`.
     """
-    reason = check_scales(linear.scales, linear.bits)
+    reason = check_scales(linear.scales, linear.layout)
     if reason:
         return LinearFault("scales", reason)
     reason = check_outliers(
@@ -35,25 +35,25 @@ def check_linear(linear: PackedLinear) -> LinearFault | None:
     return LinearFault("outliers", reason) if reason else None
 
 
-def check_scales(scales: Tensor, bits: int) -> str | None:
+def check_scales(scales: Tensor, layout: Layout) -> str | None:
     """Say what is wrong with scales, or None."""
     if not bool(scales.isfinite().all()):
         return "a value is not finite"
-    steps = 2**bits - 1
-    if float(scales.abs().max()) * steps >= MAX_WEIGHT:
-        return f"a value is so large that {steps} times it is no weight"
+    step = layout.largest_step
+    if float(scales.abs().max()) * step >= MAX_WEIGHT:
+        return f"a value is so large that {step} times it is no weight"
     return None
 
 
-def check_range(linear: PackedLinear, dtype: torch.dtype) -> LinearFault | None:
+def check_range(linear: StoredLinear, dtype: torch.dtype) -> LinearFault | None:
     """Say which tensor holds what a model of a type cannot multiply with, or None."""
     limit = torch.finfo(dtype).max
     if limit >= MAX_WEIGHT:
         return None
-    steps = 2**linear.bits - 1
+    step = linear.layout.largest_step
     remedy = f"does not fit {dtype}: load the model in bfloat16 or float32"
-    if float(linear.scales.abs().max()) * steps > limit:
-        return LinearFault("scales", f"{steps} times a value {remedy}")
+    if float(linear.scales.abs().max()) * step > limit:
+        return LinearFault("scales", f"{step} times a value {remedy}")
     values = unpack_outliers(linear).values
     if values.numel() and float(values.abs().max()) > limit:
         return LinearFault("outliers", f"a kept value {remedy}")

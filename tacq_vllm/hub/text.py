@@ -18,6 +18,7 @@ _METHODS = {
     "squeezellm": ("SqueezeLLM", "[SqueezeLLM](https://arxiv.org/abs/2306.07629)"),
     "spqr": ("SpQR", "[SpQR](https://arxiv.org/abs/2306.03078)"),
     "slim-llm": ("SliM-LLM", "[SliM-LLM](https://arxiv.org/abs/2405.14917)"),
+    "fineq": ("FineQ", "[FineQ](https://arxiv.org/abs/2504.19746)'s clusters"),
 }
 """What a recipe's method is called, and where it comes from."""
 
@@ -53,7 +54,7 @@ def card_text(facts: CardFacts) -> str:
     name, method = _METHODS.get(
         str(facts.schema.recipe.get("method")), _METHODS["tacq"]
     )
-    title = f"{base}, {name} {figures.bits} bits"
+    title = f"{base}, {name} {figures.code_bits:.3g} bits"
     if figures.simulated:
         title += ", simulated"
     return f"""\
@@ -61,7 +62,7 @@ def card_text(facts: CardFacts) -> str:
 
 {base}, quantized with {method} by tacq-vllm.
 Of the attention and MLP linears' {figures.weights:,} weights, {figures.outliers:,} are
-kept in 16 bits, the others in {figures.bits} bits.
+kept in 16 bits, the others in {figures.code_bits:.3g} bits.
 
 {_table(facts)}
 {_score_table(facts.scores)}
@@ -133,7 +134,8 @@ def _calibration(recipe: Any) -> str:
     # Loaders ignore the recipe, which may be that of another version or tool.
     if not isinstance(recipe, dict):
         return ""
-    if recipe.get("method") == "rtn":
+    plain = {"rounding": "nearest", "keep_outliers": False}
+    if recipe.get("method") == "rtn" or recipe.get("fineq") == plain:
         return "none"
     try:
         calibration = CalibrationConfig.model_validate(recipe.get("calibration"))

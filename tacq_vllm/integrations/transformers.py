@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tacq_vllm.format.linear import linear_specs
+from tacq_vllm.format.layouts import layout_of, linear_specs
 from tacq_vllm.format.schema import (
     QUANT_METHOD,
     FormatError,
@@ -97,7 +97,7 @@ class TacqQuantizer(HfQuantizer):
             with torch.device("meta"):
                 packed = TacqLinear(
                     linear_specs(self.schema, name),
-                    self.schema.bits,
+                    layout_of(self.schema),
                     in_features,
                     dense.bias,
                 )

@@ -4,9 +4,9 @@ A scale is searched per row, or per group of columns; given a scale, every pair 
 clusters takes whichever of the four indices leaves the least error. So a cluster counts
 as one with an outlier where a weight is large against the scale, and it is the smallest
 weight that is zeroed.
-"""
 
-from dataclasses import dataclass
+A weight that is kept in 16 bits has code 0, which every index allows: here it is zero.
+"""
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch.nn.functional import pad
 
 from tacq_vllm.config import GptqConfig
 from tacq_vllm.format.clusters import CLUSTER, NARROW, PAIR, WIDE, Clusters
+from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.result import ClusterResult
 
 _CHUNK_WEIGHTS = 1 << 16
 """Weights searched at a time, so that the loop works in cache."""
@@ -22,71 +24,78 @@ _COARSE = 4
 """Every so many scales are tried first."""
 
 
-@dataclass(frozen=True)
-class ClusteredWeight:
-    """A weight rounded to clusters: value = code · scale."""
-
-    clusters: Clusters
-    """Of rows [out, in]."""
-    scales: Tensor
-    """16-bit [out, groups], of either sign, never zero."""
-
-
 def round_to_clusters(
-    W: Tensor, group_size: int, dtype: torch.dtype, config: GptqConfig
-) -> ClusteredWeight:
+    W: Tensor,
+    kept: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+    config: GptqConfig,
+) -> ClusterResult:
     """Round a weight to the nearest codes on the best scales.
 
     Args:
         W: float32 [out, in].
-        group_size: columns that share a scale, a multiple of 6, or -1 for the row. The
-            last group of a row may be shorter.
-        dtype: the 16-bit type of the scales.
+        kept: bool [out, in], the weights to store in 16 bits, or None.
+        group_size: columns that share a scale, or -1.
+        dtype: the 16-bit type of scales and kept weights.
         config: number of steps, smallest shrink factor, norm of the error.
 
     Raises:
-        ValueError: the group size is not a multiple of 6.
+        QuantizeError: a scale or a kept weight does not fit the 16-bit type.
     """
-    if group_size != -1 and group_size % PAIR:
-        raise ValueError(f"group_size {group_size}: must be -1 or a multiple of {PAIR}")
-    out_features, in_features = W.shape
-    size = in_features + -in_features % PAIR if group_size == -1 else group_size
-    groups = pad(W, (0, -in_features % size)).reshape(-1, size)
-    rows = max(1, _CHUNK_WEIGHTS // size)
-    scales, codes, indices = [], [], []
-    for chunk in groups.split(rows):
-        found = search_scales(chunk, dtype, config)
-        rounded = round_on_scales(chunk, found, config.grid_norm)
-        scales.append(found)
-        codes.append(rounded.codes)
-        indices.append(rounded.indices)
-    return ClusteredWeight(
-        Clusters(
-            torch.cat(codes).view(out_features, -1)[:, :in_features].contiguous(),
-            torch.cat(indices)
-            .view(out_features, -1)[:, : -(-in_features // PAIR)]
-            .contiguous(),
-        ),
-        torch.cat(scales).to(dtype).view(out_features, -1),
+    coded = W if kept is None else W.masked_fill(kept, 0.0)
+    scales = fit_scales(coded, group_size, dtype, config)
+    size = W.shape[1] // scales.shape[1]
+    spread = scales.repeat_interleave(size, dim=1)
+    rows = max(1, _CHUNK_WEIGHTS // W.shape[1])
+    parts = [
+        round_on_scales(units, config.grid_norm)
+        for units in (coded / spread).split(rows)
+    ]
+    clusters = Clusters(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.indices for part in parts]),
     )
+    exact = (W - coded).to(dtype).to(torch.float32)
+    return cluster_result(clusters, scales, exact, dtype, None)
 
 
-def round_on_scales(W: Tensor, scales: Tensor, norm: float) -> Clusters:
-    """Codes and indices of least error on given scales.
+def fit_scales(
+    W: Tensor, group_size: int, dtype: torch.dtype, config: GptqConfig
+) -> Tensor:
+    """The scale of each row, or group of its columns, that leaves the least error.
 
     Args:
-        W: float32 [rows, n], n a multiple of 6.
-        scales: float32 [rows].
+        W: float32 [out, in]; zero where a weight is kept.
+        group_size: columns that share a scale, a multiple of 6, or -1.
+        dtype: the 16-bit type that scales are stored in.
+        config: number of steps, smallest shrink factor, norm of the error.
+
+    Returns:
+        float32 [out, groups], representable in `dtype`, of either sign, never zero.
+    """
+    groups = W.reshape(-1, W.shape[1] if group_size == -1 else group_size)
+    rows = max(1, _CHUNK_WEIGHTS // groups.shape[1])
+    found = [search_scales(chunk, dtype, config) for chunk in groups.split(rows)]
+    return torch.cat(found).view(W.shape[0], -1)
+
+
+def round_on_scales(units: Tensor, norm: float) -> Clusters:
+    """Codes and indices of least error.
+
+    Args:
+        units: weights over their scales, float32 [rows, n].
         norm: exponent of the error.
     """
-    units = (W / scales.unsqueeze(1)).view(W.shape[0], -1, 2, CLUSTER)
-    indices = _index_errors(units, norm).argmin(-1)
+    grouped = _pairs(units)
+    indices = _index_errors(grouped, norm).argmin(-1)
     is_narrow = (indices == 0)[..., None, None]
-    places = torch.arange(1, CLUSTER + 1, device=W.device)
-    codes = torch.where(
-        is_narrow, units.round().clamp_(*NARROW), units.round().clamp_(*WIDE)
-    ).masked_fill_(indices[..., None, None] == places, 0.0)
-    return Clusters(codes.flatten(1).to(torch.int8), indices.to(torch.uint8))
+    places = torch.arange(1, CLUSTER + 1, device=units.device)
+    nearest = grouped.round()
+    codes = torch.where(is_narrow, nearest.clamp(*NARROW), nearest.clamp(*WIDE))
+    codes.masked_fill_(indices[..., None, None] == places, 0.0)
+    codes = codes.flatten(1)[:, : units.shape[1]]
+    return Clusters(codes.to(torch.int8), indices.to(torch.uint8))
 
 
 def search_scales(W: Tensor, dtype: torch.dtype, config: GptqConfig) -> Tensor:
@@ -97,16 +106,19 @@ def search_scales(W: Tensor, dtype: torch.dtype, config: GptqConfig) -> Tensor:
     tried: one side of the range is longer.
 
     Args:
-        W: float32 [rows, n], n a multiple of 6.
+        W: float32 [rows, n].
         dtype: the 16-bit type that scales are stored in.
         config: number of steps, smallest shrink factor, norm of the error.
 
     Returns:
         float32 [rows], representable in `dtype`, never zero.
+
+    Raises:
+        QuantizeError: a row has no scale that the 16-bit type can hold.
     """
     largest = W.abs().amax(1)
     smallest_factor = (1 - config.grid_max_shrink) / -WIDE[0]
-    grouped = W.view(W.shape[0], -1, 2, CLUSTER)
+    grouped = _pairs(W)
     best_error = torch.full_like(largest, torch.inf)
     best_step = torch.zeros_like(largest)
     best = torch.ones_like(largest)
@@ -133,7 +145,40 @@ def search_scales(W: Tensor, dtype: torch.dtype, config: GptqConfig) -> Tensor:
     for offset in range(1 - _COARSE, _COARSE):
         if offset:
             attempt(center + offset, side)
+    if not bool(best_error.isfinite().all()):
+        raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
     return best
+
+
+def cluster_result(
+    clusters: Clusters,
+    scales: Tensor,
+    exact: Tensor,
+    dtype: torch.dtype,
+    damp_percent: float | None,
+) -> ClusterResult:
+    """Put codes, scales and kept weights together.
+
+    Args:
+        clusters: of rows [out, in].
+        scales: float32 [out, groups].
+        exact: float32 [out, in], the kept weights, 0 elsewhere.
+        dtype: the 16-bit type of scales and kept weights.
+        damp_percent: as in `ClusterResult`.
+
+    Raises:
+        QuantizeError: a scale or a kept weight does not fit the 16-bit type.
+    """
+    size = exact.shape[1] // scales.shape[1]
+    weight = clusters.codes * scales.repeat_interleave(size, dim=1) + exact
+    if not bool(weight.to(dtype).isfinite().all()):
+        raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
+    return ClusterResult(clusters, scales.to(dtype), weight, damp_percent)
+
+
+def _pairs(W: Tensor) -> Tensor:
+    """View [rows, n] as [rows, pairs, 2, 3], padded with zeros."""
+    return pad(W, (0, -W.shape[1] % PAIR)).view(W.shape[0], -1, 2, CLUSTER)
 
 
 def _index_errors(units: Tensor, norm: float) -> Tensor:

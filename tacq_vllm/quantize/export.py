@@ -12,6 +12,7 @@ from tacq_vllm.format.checkpoint import CheckpointWriter
 from tacq_vllm.format.parallel import tensor_parallel_sizes
 from tacq_vllm.format.schema import (
     DEFAULT_CIRCUIT,
+    FORMAT_VERSIONS,
     QuantizationSchema,
     storage_dtype,
 )
@@ -22,6 +23,7 @@ from tacq_vllm.format.simulated import (
     SimulatedSchema,
     effective_bits,
 )
+from tacq_vllm.format.stored import Layout
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.layerwise import LinearReport, QuantizedBlocks
 from tacq_vllm.quantize.model import BaseModel
@@ -58,8 +60,11 @@ def export_checkpoint(
         _write_unquantized(writer, base, dtype)
         writer.close()
         reports = list(blocks.reports())
-        describe = _simulated_schema if blocks.is_simulated else _packed_schema
-        schema = describe(base, recipe, reports)
+        schema: AnySchema
+        if blocks.layout is None:
+            schema = _simulated_schema(base, recipe, reports)
+        else:
+            schema = _packed_schema(base, recipe, reports, blocks.layout)
         rows = [json.dumps(asdict(report)) + "\n" for report in reports]
         (folder / REPORT_NAME).write_text("".join(rows))
         timings = {"phases": progress.seconds, "blocks": blocks.seconds()}
@@ -71,16 +76,18 @@ def export_checkpoint(
 
 
 def _packed_schema(
-    base: BaseModel, recipe: Recipe, reports: list[LinearReport]
+    base: BaseModel, recipe: Recipe, reports: list[LinearReport], layout: Layout
 ) -> QuantizationSchema:
-    shapes = _shapes(base)
+    shapes, group_size = _shapes(base), recipe.group_size
     return QuantizationSchema(
+        format_version=FORMAT_VERSIONS[layout.name],
+        layout=layout.name,
         bits=recipe.bits,
-        group_size=recipe.group_size,
+        group_size=group_size,
         dtype=base.storage_dtype(recipe.export.dtype),
         linears=shapes,
         circuits={DEFAULT_CIRCUIT: {r.name: r.outliers for r in reports}},
-        tensor_parallel_sizes=_tensor_parallel_sizes(base, shapes, recipe.group_size),
+        tensor_parallel_sizes=_tensor_parallel_sizes(base, shapes, group_size, layout),
         recipe=published_choices(recipe, recipe.sections_of_others),
     )
 
@@ -117,7 +124,10 @@ def _shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
 
 
 def _tensor_parallel_sizes(
-    base: BaseModel, shapes: dict[str, tuple[int, int]], group_size: int
+    base: BaseModel,
+    shapes: dict[str, tuple[int, int]],
+    group_size: int,
+    layout: Layout,
 ) -> tuple[int, ...] | None:
     config = base.model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
@@ -125,7 +135,7 @@ def _tensor_parallel_sizes(
     # Some families have other numbers in each block.
     if not isinstance(heads, int) or not isinstance(kv_heads, int):
         return None
-    return tensor_parallel_sizes(shapes, group_size, heads, kv_heads)
+    return tensor_parallel_sizes(shapes, group_size, heads, kv_heads, layout)
 
 
 def _write_unquantized(

@@ -133,6 +133,7 @@ def quantize_matrix(
         zeros=zeros.to(torch.uint8),
         scales=scales.to(dtype),
         weight=weight,
+        bits=bits,
         damp_percent=damp_percent,
     )
 

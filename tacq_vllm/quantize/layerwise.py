@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from tacq_vllm.format.linear import PackedLinear
+from tacq_vllm.format.stored import Layout, StoredLinear
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.blocks import (
     BlockCalls,
@@ -67,9 +67,9 @@ class QuantizedBlocks:
         self._folder = folder
 
     @property
-    def is_simulated(self) -> bool:
-        """Whether the tensors are the weights in 16 bits, not packed codes."""
-        return self._rounder.is_simulated
+    def layout(self) -> Layout | None:
+        """How codes are packed; None: simulated, the tensors are 16-bit weights."""
+        return self._rounder.layout
 
     def tensors(self, linear: str) -> dict[str, Tensor]:
         """What the checkpoint holds of a linear, mapped from its file."""
@@ -77,11 +77,11 @@ class QuantizedBlocks:
         stored = self._folder.load(_block(self._base.block_of(linear)), prefix)
         return {name.removeprefix(prefix): t for name, t in stored.items()}
 
-    def packed(self, linear: str) -> PackedLinear:
+    def packed(self, linear: str) -> StoredLinear:
         """The tensors of one linear that is packed."""
+        assert self.layout is not None
         in_features = self._base.linears()[linear].in_features
-        tensors = self.tensors(linear)
-        return PackedLinear.from_tensors(tensors, self._rounder.bits, in_features)
+        return self.layout.linear(self.tensors(linear), in_features)
 
     def weight(self, linear: str) -> Tensor:
         """What a packed linear stands for: float32 [out, in] on the device."""

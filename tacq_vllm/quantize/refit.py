@@ -27,8 +27,8 @@ def refit_scales(
         dtype: the 16-bit type that scales are stored in.
 
     Returns:
-        float32 [out, groups], positive and representable in `dtype`; a row that the new
-        ones would make worse keeps its old ones.
+        float32 [out, groups], signed as the old ones and representable in `dtype`; a
+        row that the new ones would make worse keeps its old ones.
     """
     groups = scales.shape[1]
     rows = max(1, _SYSTEM_VALUES // groups**2)
@@ -63,7 +63,7 @@ def _refit(
     diagonal += _DAMP * diagonal + (diagonal == 0)
     change, failed = torch.linalg.solve_ex(A, b)
     refitted = (scales + change).to(dtype).to(torch.float32)
-    usable = refitted.isfinite() & (refitted > 0) & (failed == 0).unsqueeze(1)
+    usable = refitted.isfinite() & (refitted * scales > 0) & (failed == 0).unsqueeze(1)
     refitted = torch.where(usable, refitted, scales)
     after = target - spread(refitted)
     better = ((after @ H) * after).sum(1) < ((residual @ H) * residual).sum(1)

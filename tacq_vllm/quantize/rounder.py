@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from tacq_vllm.format.stored import Layout
+
 
 @dataclass(frozen=True)
 class GroupInputs:
@@ -46,8 +48,8 @@ class Rounder(Protocol):
         """Input columns that share a scale; -1: the whole row."""
 
     @property
-    def is_simulated(self) -> bool:
-        """Whether the tensors are the weights in 16 bits, not packed codes."""
+    def layout(self) -> Layout | None:
+        """How codes are packed; None: simulated, the tensors are 16-bit weights."""
 
     @property
     def needs_inputs(self) -> bool:

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear as dense_linear
 
-from tacq_vllm.format.linear import PackedLinear, pack_linear, unpack_outliers
+from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import select_outliers
 from tacq_vllm.format.packing import unpack_codes
+from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.recover.config import RecoverConfig
 from tacq_vllm.recover.quantizer import Frozen, Lattice, Trained, quantized_linear
 
@@ -91,9 +92,8 @@ class TrainedLinear(nn.Module):
         """
         outliers = unpack_outliers(packed)
         self.kept_at.copy_(outliers.rows * packed.in_features + outliers.columns)
-        zeros = unpack_codes(packed.zero_planes, self.bits, packed.out_features, dim=0)
         self.scales.copy_(packed.scales)
-        self.zeros.copy_(zeros)
+        self.zeros.copy_(packed.zeros)
         codes = unpack_codes(packed.weight_planes, self.bits, packed.in_features)
         step = max(1, _START_WEIGHTS // packed.in_features)
         for start in range(0, packed.out_features, step):

@@ -72,6 +72,11 @@ def recover_checkpoint(
     check_output(output)
     check_whole(source)
     schema = read_schema(source)
+    if schema.layout != "planes":
+        raise QuantizeError(
+            f"{source}: codes in {schema.layout} cannot be trained: give a checkpoint "
+            "of tacq, gptq or rtn"
+        )
     world = world or World()
     if base_name is None:
         config = override_recipe(config, {"distill": 0.0})

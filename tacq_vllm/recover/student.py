@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from tacq_vllm.format.checkpoint import CheckpointReader
+from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.schema import QuantizationSchema, num_groups
 from tacq_vllm.format.validation import load_linear
 from tacq_vllm.quantize.model import BaseModel
@@ -96,6 +97,7 @@ def open_student(
         for name, linear in trained_linears(model).items():
             linear.to_empty(device="cpu")
             packed = load_linear(reader, schema, name)
+            assert isinstance(packed, PackedLinear)
             weight = base.weight(name).cpu()
             linear.load(packed, weight, config.margin, generator)
             linear.to(base.device)

@@ -12,7 +12,6 @@ from tacq_vllm.format.clusters import (
     BLOCK_WORDS,
     Clusters,
     clustered_words,
-    dequantize_clusters,
     pack_clusters,
     slice_cluster_columns,
     unpack_clusters,
@@ -149,22 +148,3 @@ def test_seven_bytes_hold_24_weights(length: int) -> None:
 
     assert nbytes == 28 * -(-length // 96)
     assert nbytes * 24 <= 7 * (length + 95)
-
-
-@given(length=LENGTHS, group_size=st.sampled_from([-1, 6, 24, 96]), seed=SEEDS)
-def test_dequantizing_scales_every_group(
-    length: int, group_size: int, seed: int
-) -> None:
-    clusters = random_clusters(2, length, seed)
-    groups = 1 if group_size == -1 else -(-length // group_size)
-    generator = torch.Generator().manual_seed(seed)
-    scales = torch.randn(2, groups, generator=generator).to(torch.bfloat16)
-
-    values = dequantize_clusters(pack_clusters(clusters), scales, length, group_size)
-
-    assert values.shape == (2, length)
-    assert values.dtype == torch.float32
-    for column in range(length):
-        group = 0 if group_size == -1 else column // group_size
-        expected = clusters.codes[:, column].float() * scales[:, group].float()
-        assert torch.equal(values[:, column], expected)

@@ -1,6 +1,10 @@
 import pytest
 
+from tacq_vllm.format.clustered import ClusteredLayout
+from tacq_vllm.format.linear import PlanesLayout
 from tacq_vllm.format.parallel import tensor_parallel_sizes
+
+PLANES = PlanesLayout(3)
 
 
 def llama(
@@ -52,10 +56,32 @@ def fused(linears: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     ],
 )
 def test_sizes(linears, group_size, heads, kv_heads, sizes):
-    assert tensor_parallel_sizes(linears, group_size, heads, kv_heads) == sizes
-    assert tensor_parallel_sizes(fused(linears), group_size, heads, kv_heads) == sizes
+    for stored in (linears, fused(linears)):
+        found = tensor_parallel_sizes(stored, group_size, heads, kv_heads, PLANES)
+        assert found == sizes
 
 
 def test_an_unknown_linear_may_be_cut_in_any_way():
     linears = llama(512, 1408, 64, 8, 8) | {"self_attn.kv_a_proj": (64, 512)}
-    assert tensor_parallel_sizes(linears, 32, 8, 8) is None
+    assert tensor_parallel_sizes(linears, 32, 8, 8, PLANES) is None
+
+
+@pytest.mark.parametrize(
+    ("linears", "group_size", "heads", "kv_heads", "sizes"),
+    [
+        # Half of 4096 columns is no multiple of 96.
+        (llama(4096, 14336, 128, 32, 8), -1, 32, 8, (1,)),
+        (llama(576, 1536, 64, 9, 3), -1, 9, 3, (1,)),
+        (llama(768, 1536, 64, 12, 4), -1, 12, 4, (1, 2, 4)),
+        (llama(768, 1536, 64, 12, 4), 192, 12, 4, (1, 2, 4)),
+        (llama(768, 1536, 64, 12, 4), 384, 12, 4, (1, 2)),
+        # Rows have no words to cut through: a head of k and v may have 48.
+        (llama(192, 384, 48, 4, 1), -1, 4, 1, (1, 2)),
+    ],
+)
+def test_sizes_of_clusters(linears, group_size, heads, kv_heads, sizes):
+    for stored in (linears, fused(linears)):
+        found = tensor_parallel_sizes(
+            stored, group_size, heads, kv_heads, ClusteredLayout()
+        )
+        assert found == sizes

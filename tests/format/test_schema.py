@@ -61,7 +61,7 @@ def test_other_methods_are_not_ours(block: object) -> None:
         parse_schema(block)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, 99])
+@pytest.mark.parametrize("version", [3, 0, "1", None, 99])
 def test_other_versions_are_refused_with_the_remedy(version: object) -> None:
     with pytest.raises(FormatError, match=r"format_version .* install a newer"):
         parse_schema(make_block(format_version=version))
@@ -103,6 +103,21 @@ def test_other_versions_are_refused_with_the_remedy(version: object) -> None:
 def test_contradictions_are_refused(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(FormatError, match=reason):
         parse_schema(make_block(**fields))
+
+
+CLUSTERS = {"format_version": 2, "layout": "clusters", "bits": 2, "group_size": -1}
+
+
+def test_clusters_are_version_2() -> None:
+    block = make_block(**CLUSTERS)
+
+    schema = parse_schema(block)
+
+    assert schema.model_dump(mode="json").items() >= CLUSTERS.items()
+    assert schema.code_bits == pytest.approx(7 / 3)
+    ratio = schema.outlier_ratio
+    assert schema.paper_bits == pytest.approx(7 / 3 * (1 - ratio) + 32 * ratio)
+    assert "layout" not in parse_schema(make_block()).model_dump(mode="json")
 
 
 @pytest.mark.parametrize("field", ["bits", "group_size", "dtype", "linears"])

@@ -9,14 +9,15 @@ import torch
 
 import tacq_vllm.format
 from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
-from tacq_vllm.format.linear import linear_specs, pack_linear
+from tacq_vllm.format.layouts import linear_specs
+from tacq_vllm.format.linear import pack_linear
 from tacq_vllm.format.outliers import select_outliers
 from tacq_vllm.format.validation import find_faults, load_linear
 from tacq_vllm.kernels.reference import dequantize
 from tests.spec_reader import read_weight
 
 SPEC = Path(tacq_vllm.format.__file__).with_name("SPEC.md")
-FROZEN = Path(__file__).parents[1] / "data" / "frozen-v1"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def test_the_worked_example():
@@ -46,9 +47,11 @@ def test_the_worked_example():
     assert dequantize(packed).flatten().tolist() == values
 
 
-@pytest.fixture(params=["w2", "w3", "w4"])
+@pytest.fixture(
+    params=["frozen-v1/w2", "frozen-v1/w3", "frozen-v1/w4", "frozen-v2/clusters"]
+)
 def frozen(request) -> Path:
-    return FROZEN / request.param
+    return DATA / request.param
 
 
 def test_a_frozen_checkpoint_is_still_read(frozen):
@@ -69,11 +72,14 @@ def test_the_sizes_are_those_of_the_spec(frozen):
     for name, (out, in_) in schema.linears.items():
         nbytes = sum(spec.nbytes for spec in linear_specs(schema, name).values())
         group = in_ if schema.group_size == -1 else schema.group_size
-        bits = schema.bits
+        bits, zero_bits = schema.bits, schema.bits
+        if schema.layout == "clusters":
+            # Rows are padded to blocks.
+            bits, zero_bits = 7 * 32 * -(-in_ // 96) / in_, 0
         spec_bits = (
             bits
             + 32 * schema.num_outliers(name) / (out * in_)
-            + (16 + bits) / group
+            + (16 + zero_bits) / group
             + 32 * (out + 1) / (out * in_)
         )
         assert nbytes * 8 / (out * in_) == pytest.approx(spec_bits)

@@ -121,11 +121,11 @@ def test_truncated_weights(checkpoint_copy: Path) -> None:
 
 
 def test_later_format_version(checkpoint_copy: Path) -> None:
-    rewrite_schema(checkpoint_copy, format_version=2)
+    rewrite_schema(checkpoint_copy, format_version=3)
 
     (line,) = find_faults(checkpoint_copy)
 
-    assert "format_version 2 is not known" in line
+    assert "format_version 3 is not known" in line
 
 
 def test_bits_that_leave_planes_over(checkpoint_copy: Path) -> None:

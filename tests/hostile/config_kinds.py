@@ -67,7 +67,7 @@ KINDS = [
         (CONFIG, f"'{UP}' is there twice"),
     ),
     # The block against the specification.
-    Kind("version", set_block(format_version=2), ("format_version 2 is not known",)),
+    Kind("version", set_block(format_version=3), ("format_version 3 is not known",)),
     Kind("version true", set_block(format_version="1"), ("format_version '1' is not",)),
     Kind("new field", set_block(surprise=1), ("surprise: Extra inputs",)),
     Kind("five bits", set_block(bits=5), ("bits: Input should be 2, 3 or 4",)),

@@ -1,4 +1,4 @@
-"""The good checkpoint, and how to change parts of it."""
+"""The good checkpoints, and how to change parts of them."""
 
 import json
 import struct
@@ -15,7 +15,9 @@ from tacq_vllm.format.checkpoint import (
     CheckpointWriter,
 )
 
-GOOD = Path(__file__).parents[1] / "data" / "frozen-v1" / "w3"
+_DATA = Path(__file__).parents[1] / "data"
+GOOD = _DATA / "frozen-v1" / "w3"
+CLUSTERED = _DATA / "frozen-v2" / "clusters"
 UP = "model.layers.0.mlp.up_proj"
 GATE = "model.layers.0.mlp.gate_proj"
 DOWN = "model.layers.0.mlp.down_proj"

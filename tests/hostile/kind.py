@@ -1,6 +1,6 @@
 """One way to break a checkpoint.
 
-The good one is a frozen checkpoint of version 1: one block, 3 bits.
+The good one is a frozen checkpoint: one block, 3 bits, or clusters.
 """
 
 import re
@@ -44,10 +44,12 @@ class Kind:
     host_first: tuple[Reader, ...] = ()
     """Those that parse what is broken themselves, before a plugin is asked."""
     is_sharded: bool = False
+    source: Path = GOOD
+    """The good one."""
 
     def make(self, folder: Path) -> Path:
         """Write a broken checkpoint."""
-        shutil.copytree(GOOD, folder)
+        shutil.copytree(self.source, folder)
         if self.is_sharded:
             shard(folder)
         self.damage(folder)

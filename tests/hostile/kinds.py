@@ -1,8 +1,9 @@
 """All the kinds of broken checkpoints."""
 
-from tests.hostile import config_kinds, file_kinds, tensor_kinds
+from tests.hostile import cluster_kinds, config_kinds, file_kinds, tensor_kinds
 
 KINDS = {
     kind.name: kind
-    for kind in (*config_kinds.KINDS, *file_kinds.KINDS, *tensor_kinds.KINDS)
+    for module in (cluster_kinds, config_kinds, file_kinds, tensor_kinds)
+    for kind in module.KINDS
 }

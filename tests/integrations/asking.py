@@ -131,3 +131,22 @@ def greedy_tokens(model: Any) -> list[list[int]]:
         )
         new.append(out[0, len(prompt) :].tolist())
     return new
+
+
+def adapted_tokens(checkpoint: Path, adapter: Path) -> list[list[int]]:
+    """Make an adapter on packed linears, its values random, so that it changes much.
+
+    Gives the greedy tokens that follow the prompts, from it on the dequantized model.
+    """
+    import peft
+
+    from tacq_vllm.integrations.peft import with_packed_linears
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
+    )
+    peft.get_peft_model(model, with_packed_linears(config)).save_pretrained(adapter)
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return greedy_tokens(peft.PeftModel.from_pretrained(dense.dequantize(), adapter))

@@ -47,22 +47,25 @@ FAMILIES: dict[str, PretrainedConfig] = {
 
 DEMO = Path(__file__).parents[2] / "build/demo/SmolLM2-135M-Instruct-TaCQ-w3"
 
-FamilyCheckpoint = Callable[[str], Path]
+FamilyCheckpoint = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
 def family_checkpoint(
     tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
 ) -> FamilyCheckpoint:
-    """Quantize a model of a family; gives its folder, which tests leave as it is."""
+    """Quantize a model of a family; gives its folder, which tests leave as it is.
+
+    Further arguments change fields of the recipe.
+    """
 
     @functools.cache
-    def make(family: str) -> Path:
+    def make(family: str, **fields: Any) -> Path:
         folder = tmp_path_factory.mktemp(family)
         model = save_random(FAMILIES[family], folder / "model")
         base = open_model(model, folder / "work")
-        output = folder / f"{family}-TaCQ-w3"
-        run_pipeline(base, quick(tiny_recipe), output, folder / "work")
+        output = folder / f"{family}-{'FineQ' if fields else 'TaCQ-w3'}"
+        run_pipeline(base, quick(tiny_recipe, **fields), output, folder / "work")
         return output
 
     return make

@@ -14,12 +14,13 @@ from transformers.quantizers.auto import (
 )
 
 import tacq_vllm.integrations.transformers as integration
-from tacq_vllm.config import Recipe
+from tacq_vllm.config import Recipe, override_recipe
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.kernels import ops
 from tacq_vllm.layers import TacqLinear
+from tacq_vllm.quantize.model import BaseModel
 from tests.builders import (
     Change,
     put,
@@ -50,6 +51,26 @@ def biased_checkpoint(
     return folder / "quantized"
 
 
+@pytest.fixture(scope="module")
+def clustered_checkpoint(
+    tiny_base: BaseModel, tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model in FineQ's layout, weights kept beside it."""
+    folder = tmp_path_factory.mktemp("clustered")
+    fields = {
+        "method": "fineq",
+        "bits": 2,
+        "group_size": -1,
+        "fineq.keep_outliers": True,
+    }
+    recipe = override_recipe(tiny_recipe, fields)
+    run_pipeline(tiny_base, recipe, folder / "clusters", folder / "work")
+    return folder / "clusters"
+
+
+CHECKPOINTS = ["tiny_checkpoint", "biased_checkpoint", "clustered_checkpoint"]
+
+
 def test_importing_registers() -> None:
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["tacq"] is integration.TacqConfig
     assert AUTO_QUANTIZER_MAPPING["tacq"] is integration.TacqQuantizer
@@ -69,18 +90,20 @@ def test_importing_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert configs == AUTO_QUANTIZATION_CONFIG_MAPPING
 
 
-def test_linears_are_packed(tiny_checkpoint: Path) -> None:
-    model = load(tiny_checkpoint, torch.bfloat16)
-    stored = load_file(tiny_checkpoint / WEIGHTS_NAME)
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_linears_are_packed(request: pytest.FixtureRequest, checkpoint: str) -> None:
+    folder = request.getfixturevalue(checkpoint)
+    model = load(folder, torch.bfloat16)
+    stored = load_file(folder / WEIGHTS_NAME)
 
-    for name in read_schema(tiny_checkpoint).linears:
+    for name in read_schema(folder).linears:
         linear = model.get_submodule(name)
         assert isinstance(linear, TacqLinear)
         for suffix, tensor in linear.packed.tensors().items():
             assert torch.equal(tensor, stored[f"{name}.{suffix}"])
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "biased_checkpoint"])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @torch.no_grad()
 def test_logits_are_those_of_the_dequantized_model(
     request: pytest.FixtureRequest, checkpoint: str, tokens: Tensor
@@ -126,7 +149,7 @@ def test_the_cache_and_the_prompt_agree(tiny_checkpoint: Path, tokens: Tensor) -
     assert torch.equal(choices[0, tokens.shape[1] - 1 : -1][free], new[free])
 
 
-@pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "biased_checkpoint"])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_saving_gives_the_same_checkpoint(
     request: pytest.FixtureRequest, checkpoint: str, tmp_path: Path, tokens: Tensor
 ) -> None:
@@ -155,7 +178,7 @@ def test_converting_a_model_leaves_the_packed_tensors(
     tokens: Tensor,
 ) -> None:
     # Rounded activations would make a small difference a large one.
-    monkeypatch.setattr(ops, "_kernels", lambda device_type: None)
+    monkeypatch.setattr(ops, "_kernels", lambda device_type, kind: None)
     converted = load(tiny_checkpoint, torch.bfloat16).to(dtype)
 
     assert converted.get_submodule(LINEAR).scales.dtype == torch.bfloat16
@@ -200,8 +223,8 @@ def of_tensors(change: Change) -> Callable[[Path], None]:
             f"{LINEAR}.outliers: row offsets run",
         ),
         (
-            lambda folder: rewrite_schema(folder, format_version=2),
-            "format_version 2 is not known",
+            lambda folder: rewrite_schema(folder, format_version=3),
+            "format_version 3 is not known",
         ),
         (lambda folder: rewrite_schema(folder, bits=2), "no such tensor"),
         (

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import tacq_vllm.integrations.transformers  # noqa: F401
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.format.validation import find_faults
-from tests.hostile.good import GOOD
+from tests.hostile.good import CLUSTERED, GOOD
 from tests.hostile.kind import HOSTS_OWN, Kind, own_words
 from tests.hostile.kinds import KINDS
 
@@ -18,8 +18,9 @@ def load(folder: Path) -> object:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def test_the_good_checkpoint_is_loaded() -> None:
-    load(GOOD)
+@pytest.mark.parametrize("folder", [GOOD, CLUSTERED], ids=["planes", "clusters"])
+def test_the_good_checkpoint_is_loaded(folder: Path) -> None:
+    load(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 import tacq_vllm.integrations.transformers  # noqa: F401
 from tests.integrations.asking import (
     Worker,
-    greedy_tokens,
+    adapted_tokens,
     make_prompts,
     transformers_tokens,
 )
@@ -162,18 +162,8 @@ def test_a_lora_adapter(
     serve: Worker, checkpoint: Path, expected: list[list[int]], tmp_path: Path
 ) -> None:
     """Made on the packed model, it does what it does on the dequantized one."""
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
-    from tacq_vllm.integrations.peft import with_packed_linears
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    torch.manual_seed(0)
-    # Random from the start, so that it changes something.
-    config = peft.LoraConfig(
-        r=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
-    )
-    peft.get_peft_model(model, with_packed_linears(config)).save_pretrained(tmp_path)
-    dense = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    adapted = peft.PeftModel.from_pretrained(dense.dequantize(), tmp_path)
+    pytest.importorskip("peft", reason="PEFT is not installed")
+    adapted = adapted_tokens(checkpoint, tmp_path)
 
     answer = serve.ask(
         "generate",
@@ -182,5 +172,5 @@ def test_a_lora_adapter(
         adapter=str(tmp_path),
     )
 
-    assert answer.tokens == greedy_tokens(adapted)
+    assert answer.tokens == adapted
     assert answer.tokens != expected

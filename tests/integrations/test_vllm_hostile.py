@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tacq_vllm.format.validation import find_faults
-from tests.hostile.good import GOOD
+from tests.hostile.good import CLUSTERED, GOOD
 from tests.hostile.kind import HOSTS_OWN, Kind, own_words
 from tests.hostile.kinds import KINDS
 
@@ -88,8 +88,11 @@ def load(
         return get_model(vllm_config=config)
 
 
-def test_the_good_checkpoint_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    load(GOOD, monkeypatch)
+@pytest.mark.parametrize("folder", [GOOD, CLUSTERED], ids=["planes", "clusters"])
+def test_the_good_checkpoint_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(folder, monkeypatch)
 
 
 def test_the_flag_on_a_model_that_is_not_quantized(

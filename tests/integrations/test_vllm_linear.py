@@ -1,9 +1,12 @@
 """Loading into vLLM's linears, on every rank of a mocked tensor-parallel group."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from tests.builders import random_linear
+from tests.clusters import random_clustered
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -22,15 +25,17 @@ from vllm.model_executor.model_loader.weight_utils import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.schema import QuantizationSchema
+from tacq_vllm.format.stored import StoredLinear
 from tacq_vllm.integrations.vllm.config import TacqConfig
 from tacq_vllm.kernels.reference import dequantize
 
 pytestmark = pytest.mark.vllm
 
 HEAD = 32
-HIDDEN = 256
+HIDDEN = 192
+INNER = 768
+CLUSTERS = "clusters"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,15 +61,19 @@ def as_rank(monkeypatch):
 
 
 def stored_linears(
-    shapes: dict[str, tuple[int, int]], bits: int, group_size: int
-) -> tuple[TacqConfig, dict[str, PackedLinear], dict[str, torch.Tensor]]:
+    shapes: dict[str, tuple[int, int]], bits: int | str, group_size: int
+) -> tuple[TacqConfig, dict[str, StoredLinear], dict[str, torch.Tensor]]:
     packed, dense = {}, {}
+    make, fields = partial(random_linear, bits), {"bits": bits}
+    if bits == CLUSTERS:
+        make = random_clustered
+        fields = {"bits": 2, "layout": CLUSTERS, "format_version": 2}
     for seed, (name, (out, in_)) in enumerate(shapes.items()):
-        packed[name], dense[name] = random_linear(
-            bits, out, in_, group_size, 0.02, torch.bfloat16, seed
+        packed[name], dense[name] = make(
+            out, in_, group_size, 0.02, torch.bfloat16, seed
         )
     schema = QuantizationSchema(
-        bits=bits,
+        **fields,
         group_size=group_size,
         dtype="bfloat16",
         linears=shapes,
@@ -84,7 +93,7 @@ def stored_linears(
 
 
 def load(
-    layer: nn.Module, packed: PackedLinear, shard_id: str | int | tuple | None
+    layer: nn.Module, packed: StoredLinear, shard_id: str | int | tuple | None
 ) -> None:
     for name, tensor in packed.tensors().items():
         parameter = getattr(layer, name)
@@ -99,7 +108,7 @@ def loaded_weight(layer: nn.Module) -> torch.Tensor:
     return dequantize(layer.quant_method._packed(layer), torch.float64)
 
 
-GRIDS = [(2, 32), (3, 32), (3, -1), (4, 64)]
+GRIDS = [(2, 32), (3, 32), (3, -1), (4, 64), (CLUSTERS, -1), (CLUSTERS, 96)]
 
 
 @pytest.mark.parametrize(("bits", "group_size"), GRIDS)
@@ -132,18 +141,18 @@ def test_qkv_with_replicated_heads(as_rank, bits, group_size, size):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_merged_columns_and_rows(as_rank, bits, group_size, size):
     shapes = {
-        "mlp.gate_proj": (512, HIDDEN),
-        "mlp.up_proj": (512, HIDDEN),
-        "mlp.down_proj": (HIDDEN, 512),
+        "mlp.gate_proj": (INNER, HIDDEN),
+        "mlp.up_proj": (INNER, HIDDEN),
+        "mlp.down_proj": (HIDDEN, INNER),
     }
     config, packed, dense = stored_linears(shapes, bits, group_size)
-    cut = 512 // size
+    cut = INNER // size
     for rank in range(size):
         as_rank(rank, size)
         mine = slice(rank * cut, (rank + 1) * cut)
         fused = vllm_linear.MergedColumnParallelLinear(
             HIDDEN,
-            [512, 512],
+            [INNER, INNER],
             bias=False,
             quant_config=config,
             prefix="mlp.gate_up_proj",
@@ -154,7 +163,7 @@ def test_merged_columns_and_rows(as_rank, bits, group_size, size):
         assert torch.equal(loaded_weight(fused), torch.cat(expected))
 
         down = vllm_linear.RowParallelLinear(
-            512, HIDDEN, bias=False, quant_config=config, prefix="mlp.down_proj"
+            INNER, HIDDEN, bias=False, quant_config=config, prefix="mlp.down_proj"
         )
         load(down, packed["mlp.down_proj"], None)
         assert torch.equal(loaded_weight(down), dense["mlp.down_proj"][:, mine])
@@ -293,6 +302,30 @@ def test_cuts_through_words_or_groups_are_refused(as_rank):
         )
 
 
+def test_clusters_are_cut_between_blocks(as_rank):
+    config, _, _ = stored_linears({"down": (64, 288)}, CLUSTERS, -1)
+    as_rank(0, 2)
+    with pytest.raises(ValueError, match=r"leaves 144 .* cuts through words of 96"):
+        vllm_linear.RowParallelLinear(
+            288, 64, bias=False, quant_config=config, prefix="down"
+        )
+
+
+def test_clusters_of_any_number_of_rows_and_columns():
+    shapes = {"mlp.gate_proj": (50, 100), "mlp.up_proj": (70, 100)}
+    config, packed, dense = stored_linears(shapes, CLUSTERS, -1)
+    layer = vllm_linear.MergedColumnParallelLinear(
+        100, [50, 70], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
+    )
+    load(layer, packed["mlp.gate_proj"], 0)
+    load(layer, packed["mlp.up_proj"], 1)
+    assert torch.equal(loaded_weight(layer), torch.cat(list(dense.values())))
+    x = torch.randn(3, 100, dtype=torch.float64).float()
+    output, _ = layer(x)
+    expected = x.double() @ torch.cat(list(dense.values())).T
+    torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_half_quantized_fused_linears_are_refused():
     config, _, _ = stored_linears({"mlp.gate_proj": (128, 64)}, 3, 32)
     with pytest.raises(ValueError, match=r"tacq: .*mlp.up_proj is not quantized"):
@@ -311,9 +344,10 @@ def test_experts_are_served_only_unquantized(quantized):
         config.get_quant_method(experts, "mlp.experts")
 
 
-def test_dummy_weights_are_a_valid_table_of_the_right_size():
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 32), (CLUSTERS, -1)])
+def test_dummy_weights_are_a_valid_table_of_the_right_size(bits, group_size):
     shapes = {"mlp.gate_proj": (576, 64), "mlp.up_proj": (576, 64)}
-    config, packed, _ = stored_linears(shapes, 3, 32)
+    config, packed, _ = stored_linears(shapes, bits, group_size)
     dummy = VllmConfig(load_config=LoadConfig(load_format="dummy"))
     # As vLLM's loader does it: integers above 256 are not exact in this type.
     with set_current_vllm_config(dummy), set_default_torch_dtype(torch.bfloat16):
@@ -329,8 +363,9 @@ def test_dummy_weights_are_a_valid_table_of_the_right_size():
     assert bool(output.isfinite().all())
 
 
-def test_resident_bytes_are_those_stored():
-    config, packed, _ = stored_linears(GATE_UP, 3, 32)
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 32), (CLUSTERS, -1)])
+def test_resident_bytes_are_those_stored(bits, group_size):
+    config, packed, _ = stored_linears(GATE_UP, bits, group_size)
     layer = merged_layer(config)
     load(layer, packed["mlp.gate_proj"], 0)
     load(layer, packed["mlp.up_proj"], 1)

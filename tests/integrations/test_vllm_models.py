@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 import tacq_vllm.integrations.transformers  # noqa: F401
 from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
 from tacq_vllm.format.inspection import inspect_checkpoint
-from tacq_vllm.format.linear import tensor_names
+from tacq_vllm.format.layouts import linear_specs
 from tacq_vllm.format.validation import find_faults, load_linear
 from tacq_vllm.kernels.reference import dequantize
 from tests.builders import rewrite_schema, rewrite_tensors
@@ -81,7 +81,7 @@ def leave_out(folder: Path, names: list[str]) -> None:
 
     def change(tensors: dict[str, Tensor]) -> None:
         for name in names:
-            for suffix in tensor_names(schema.bits):
+            for suffix in linear_specs(schema, name):
                 del tensors[f"{name}.{suffix}"]
         tensors.update(weights)
 

@@ -8,6 +8,7 @@ from tacq_vllm.kernels import ops
 from tacq_vllm.kernels.ops import kernel_name, prepare, quantized_linear
 from tacq_vllm.kernels.reference import linear_forward
 from tests.builders import assert_is_product, random_input, random_linear
+from tests.clusters import random_clustered
 
 
 def op_arguments(
@@ -40,7 +41,7 @@ def test_every_number_of_tokens(bits: int, tokens: int) -> None:
 def test_without_numba_the_reference_serves(
     monkeypatch: pytest.MonkeyPatch, tokens: int, in_features: int
 ) -> None:
-    monkeypatch.setattr(ops, "_kernels", lambda device_type: None)
+    monkeypatch.setattr(ops, "_kernels", lambda device_type, kind: None)
     packed, _ = random_linear(3, 24, in_features, 16, 0.03, torch.float16, 1)
     x = random_input(tokens, in_features)
 
@@ -54,12 +55,28 @@ def test_the_name_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = random_linear(3, 24, 64, 32, 0.03, torch.bfloat16, 0)
     odd, _ = random_linear(3, 24, 48, 16, 0.03, torch.bfloat16, 0)
 
-    if ops._kernels("cpu"):
+    if ops._kernels("cpu", PackedLinear):
         assert kernel_name(packed, torch.float32) == "cpu exact"
         assert kernel_name(packed, torch.bfloat16).startswith("cpu int8 ")
     assert kernel_name(odd, torch.bfloat16) == "reference"
-    monkeypatch.setattr(ops, "_kernels", lambda device_type: None)
+    monkeypatch.setattr(ops, "_kernels", lambda device_type, kind: None)
     assert kernel_name(packed, torch.bfloat16) == "reference"
+
+
+@pytest.mark.parametrize("shape", [(100,), (3, 100), (2, 20, 100), (0, 100)])
+def test_clusters(shape: tuple[int, ...]) -> None:
+    packed, dense = random_clustered(24, 100, -1, 0.03, torch.bfloat16, 0)
+    x, bias = (random_input(*s).requires_grad_() for s in (shape, (24,)))
+    grad = random_input(*shape[:-1], 24)
+
+    out = quantized_linear(x, packed, bias)
+    out.backward(grad)
+
+    assert_is_product(out.detach(), x.detach(), dense, bias.detach())
+    assert_is_product(x.grad, grad, dense.T)
+    torch.testing.assert_close(bias.grad, grad.reshape(-1, 24).sum(0))
+    arguments = (x, packed.qweight, packed.scales, packed.outliers, bias)
+    torch.library.opcheck(torch.ops.tacq.clustered_linear, arguments)
 
 
 def test_a_linear_cut_by_columns() -> None:

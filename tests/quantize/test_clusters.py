@@ -8,14 +8,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tacq_vllm.config import GptqConfig
-from tacq_vllm.format.clusters import dequantize_clusters, pack_clusters
+from tacq_vllm.format.clusters import pack_clusters
+from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.clusters import (
-    ClusteredWeight,
+    fit_scales,
     round_on_scales,
     round_to_clusters,
     search_scales,
 )
+from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.grid import Grid, fit_grid
+from tacq_vllm.quantize.result import ClusterResult
 
 CONFIG = GptqConfig(grid_steps=40)
 SEEDS = st.integers(0, 2**16)
@@ -32,9 +35,8 @@ def random_weight(rows: int, columns: int, seed: int, heavy: bool = False) -> Te
     return W
 
 
-def values(weight: ClusteredWeight, in_features: int, group_size: int) -> Tensor:
-    words = pack_clusters(weight.clusters)
-    return dequantize_clusters(words, weight.scales, in_features, group_size)
+def rounded(W: Tensor, dtype: torch.dtype = torch.bfloat16) -> ClusterResult:
+    return round_to_clusters(W, None, -1, dtype, CONFIG)
 
 
 def rtn(W: Tensor, bits: int, group_size: int) -> Tensor:
@@ -45,24 +47,40 @@ def rtn(W: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 @given(
-    columns=st.integers(1, 100),
-    group_size=st.sampled_from([-1, 12, 24]),
+    shape=st.sampled_from([(-1, 1), (-1, 50), (-1, 96), (12, 48), (96, 192)]),
+    density=st.sampled_from([0.0, 0.1, 1.0]),
     dtype=DTYPES,
     seed=SEEDS,
 )
 def test_what_is_found_can_be_stored(
-    columns: int, group_size: int, dtype: torch.dtype, seed: int
+    shape: tuple[int, int], density: float, dtype: torch.dtype, seed: int
 ) -> None:
+    group_size, columns = shape
     W = random_weight(3, columns, seed)
+    kept = random_weight(3, columns, seed + 1).abs() < density * 10
 
-    weight = round_to_clusters(W, group_size, dtype, CONFIG)
+    result = round_to_clusters(W, kept, group_size, dtype, CONFIG)
 
-    groups = 1 if group_size == -1 else -(-columns // group_size)
-    assert weight.scales.shape == (3, groups)
-    assert weight.scales.dtype == dtype
-    assert bool((weight.scales != 0).all())
-    assert bool(weight.scales.isfinite().all())
-    assert values(weight, columns, group_size).shape == W.shape
+    assert result.scales.shape == (3, 1 if group_size == -1 else columns // group_size)
+    assert result.scales.dtype == dtype
+    assert bool((result.scales != 0).all())
+    assert torch.equal(dequantize(result.pack(kept)), result.weight)
+    # A kept weight is exact: its code is 0.
+    assert torch.equal(result.weight[kept], W[kept].to(dtype).float())
+    assert not bool(result.clusters.codes[kept].any())
+
+
+def test_kept_weights_do_not_count() -> None:
+    W = random_weight(4, 96, 7)
+    kept = torch.zeros_like(W, dtype=torch.bool)
+    kept[:, [3, 40]] = True
+    large, zero = W.clone(), W.clone()
+    large[kept], zero[kept] = 100.0, 0.0
+
+    result = round_to_clusters(large, kept, -1, torch.bfloat16, CONFIG)
+
+    assert torch.equal(result.scales, rounded(zero).scales)
+    assert torch.equal(result.clusters.codes, rounded(zero).clusters.codes)
 
 
 @given(seed=SEEDS, heavy=st.booleans())
@@ -70,7 +88,7 @@ def test_a_pair_takes_the_best_of_all_its_codes(seed: int, heavy: bool) -> None:
     W = random_weight(4, 12, seed, heavy)
     scales = torch.tensor([0.5, -0.5, 1.0, -1.5])
 
-    codes = round_on_scales(W, scales, 2.0).codes
+    codes = round_on_scales(W / scales[:, None], 2.0).codes
 
     def least_error(pair: Tensor, scale: Tensor) -> float:
         options = []
@@ -98,7 +116,7 @@ def narrow_errors(W: Tensor, scales: Tensor) -> Tensor:
 
 
 def errors(W: Tensor, scales: Tensor) -> Tensor:
-    codes = round_on_scales(W, scales, CONFIG.grid_norm).codes
+    codes = round_on_scales(W / scales[:, None], CONFIG.grid_norm).codes
     return (codes * scales[:, None] - W).abs().pow(CONFIG.grid_norm).sum(1)
 
 
@@ -134,16 +152,16 @@ def test_better_than_two_bits_at_nearly_as_many(heavy: bool) -> None:
     mixing = random_weight(576, 576, 2) * 0.05 + torch.eye(576)
     x = random_weight(128, 576, 3) @ mixing
 
-    weight = round_to_clusters(W, -1, torch.bfloat16, CONFIG)
+    result = rounded(W)
 
-    def output_error(rounded: Tensor) -> float:
-        return float(((rounded - W) @ x.T).pow(2).sum() / (W @ x.T).pow(2).sum())
+    def output_error(weight: Tensor) -> float:
+        return float(((weight - W) @ x.T).pow(2).sum() / (W @ x.T).pow(2).sum())
 
-    ours = output_error(values(weight, 576, -1))
+    ours = output_error(result.weight)
     # 2.03 bits, and 2.375 in groups of 48; ours are 2.36.
     assert ours < 0.75 * output_error(rtn(W, 2, 576))
     assert ours < 0.90 * output_error(rtn(W, 2, 48))
-    nbytes = pack_clusters(weight.clusters).nbytes + weight.scales.nbytes
+    nbytes = pack_clusters(result.clusters).nbytes + result.scales.nbytes
     assert nbytes * 8 / W.numel() == pytest.approx(7 / 3 + 16 / 576)
 
 
@@ -151,54 +169,64 @@ def test_a_large_weight_makes_its_cluster_protect_it() -> None:
     W = random_weight(1, 96, 5).clamp(-1.0, 1.0)
     W[0, 50] = 4.0
 
-    weight = round_to_clusters(W, -1, torch.float16, CONFIG)
+    result = rounded(W, torch.float16)
 
     pair, place = divmod(50, 6)
-    index = int(weight.clusters.indices[0, pair])
+    index = int(result.clusters.indices[0, pair])
     assert index
     assert index - 1 != place % 3
     # No code of a cluster without an outlier comes near it.
-    assert float(weight.scales.abs()) < 1.5
-    assert abs(float(values(weight, 96, -1)[0, 50]) - 4.0) < 1.0
+    assert float(result.scales.abs()) < 1.5
+    assert abs(float(result.weight[0, 50]) - 4.0) < 1.0
 
 
 def test_the_sign_of_the_scale_follows_the_longer_side() -> None:
     row = torch.tensor([[-2.0, 1.0, 0.0, -1.0, 1.0, -2.0] * 4])
 
-    weight = round_to_clusters(
-        torch.cat([row, -row]), -1, torch.float16, GptqConfig(grid_steps=200)
+    result = round_to_clusters(
+        torch.cat([row, -row]), None, -1, torch.float16, GptqConfig(grid_steps=200)
     )
 
-    assert weight.scales[0] > 0
-    assert torch.equal(weight.scales[1], -weight.scales[0])
-    assert not bool(weight.clusters.indices.any())
+    assert result.scales[0] > 0
+    assert torch.equal(result.scales[1], -result.scales[0])
+    assert not bool(result.clusters.indices.any())
 
 
 def test_groups_are_rows_of_their_own() -> None:
-    W = random_weight(2, 60, 6)
+    W = random_weight(2, 72, 6)
 
-    together = round_to_clusters(W, 24, torch.bfloat16, CONFIG)
+    together = round_to_clusters(W, None, 24, torch.bfloat16, CONFIG)
 
     for group, part in enumerate(W.split(24, dim=1)):
-        alone = round_to_clusters(part, -1, torch.bfloat16, CONFIG)
+        alone = rounded(part)
         assert torch.equal(alone.scales[:, 0], together.scales[:, group])
-        codes = together.clusters.codes[:, 24 * group :][:, : part.shape[1]]
+        codes = together.clusters.codes[:, 24 * group :][:, :24]
         assert torch.equal(alone.clusters.codes, codes)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-12], ids=["zero", "too small to scale"])
 def test_a_row_without_a_scale_is_zero(value: float) -> None:
-    W = torch.full((1, 12), value)
+    result = rounded(torch.full((1, 12), value), torch.float16)
 
-    weight = round_to_clusters(W, -1, torch.float16, CONFIG)
-
-    assert float(weight.scales) == 1.0
-    assert not bool(weight.clusters.codes.any())
+    assert float(result.scales) == 1.0
+    assert not bool(result.clusters.codes.any())
 
 
-def test_a_group_that_cuts_a_pair_is_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of 6"):
-        round_to_clusters(torch.ones(1, 32), 16, torch.float16, CONFIG)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_weights_that_no_scale_fits_are_refused(value: float) -> None:
+    W = random_weight(2, 12, 8)
+    W[1, 5] = value
+
+    with pytest.raises(QuantizeError, match="not finite in torch"):
+        fit_scales(W, -1, torch.float16, CONFIG)
+
+
+def test_a_kept_weight_that_does_not_fit_is_refused() -> None:
+    W = random_weight(2, 12, 9)
+    W[1, 5] = 1e30
+
+    with pytest.raises(QuantizeError, match="not finite in torch"):
+        round_to_clusters(W, W > 1e20, -1, torch.float16, CONFIG)
 
 
 def test_the_page_on_fineq_runs() -> None:

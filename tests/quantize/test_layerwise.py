@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tacq_vllm.config import Recipe
-from tacq_vllm.format.linear import unpack_outliers
+from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.quantize.blocks import group_linears
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gptq import Hessian, quantize_matrix, relative_error

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from tacq_vllm.cli import app
 from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
-from tacq_vllm.format.linear import PackedLinear, unpack_outliers
+from tacq_vllm.format.linear import PackedLinear
+from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.format.validation import find_faults, load_linear
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.world import World, open_world

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tacq_vllm.format.linear import PackedLinear, unpack_outliers
+from tacq_vllm.format.linear import PackedLinear
+from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.recover.config import RecoverConfig
 from tacq_vllm.recover.linear import FrozenLinear, TrainedLinear

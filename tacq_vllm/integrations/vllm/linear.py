@@ -1,6 +1,6 @@
 """The linear method: parameters on vLLM's v2 loader, and the forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,18 +14,17 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from tacq_vllm.format.linear import (
-    PLANE_SUFFIXES,
-    PackedLinear,
-    tensor_names,
-)
-from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS, packed_size
+from tacq_vllm.format.layouts import layout_of, linear_specs
+from tacq_vllm.format.linear import PLANE_SUFFIXES
+from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS
 from tacq_vllm.format.schema import QuantizationSchema, num_groups
+from tacq_vllm.format.stored import StoredLinear
 from tacq_vllm.format.validation import fault_line
 from tacq_vllm.format.values import LinearFault, check_range, check_scales
 from tacq_vllm.integrations.vllm.errors import refuse
 from tacq_vllm.integrations.vllm.params import (
     ChannelScaleParameter,
+    CodesParameter,
     GroupScaleParameter,
     OutlierParameter,
     PackedChannelParameter,
@@ -57,6 +56,7 @@ class TacqLinearMethod(LinearMethodBase):
         summary: LoadSummary,
     ) -> None:
         self.schema = schema
+        self.layout = layout_of(schema)
         self.names = names
         self.files = files
         self.summary = summary
@@ -96,33 +96,29 @@ class TacqLinearMethod(LinearMethodBase):
             ),
         )
         zero_type = PackedParameter if grouped else PackedChannelParameter
-        for width, suffix in zip(
-            PLANE_WIDTHS[schema.bits], PLANE_SUFFIXES, strict=False
-        ):
-            words = packed_size(input_size_per_partition, width)
-            layer.register_parameter(
-                f"qweight{suffix}",
-                PackedParameter(
-                    data=torch.empty(out_features, words, dtype=torch.int32),
-                    input_dim=1,
-                    output_dim=0,
-                    packed_dim=1,
-                    packed_factor=WORD_BITS // width,
-                    weight_loader=loader,
-                ),
+        rows_per_word = {
+            f"qzeros{suffix}": WORD_BITS // width
+            for width, suffix in zip(
+                PLANE_WIDTHS[schema.bits], PLANE_SUFFIXES, strict=False
             )
-            words = packed_size(out_features, width)
-            layer.register_parameter(
-                f"qzeros{suffix}",
-                zero_type(
-                    data=torch.empty(words, groups, dtype=torch.int32),
+        }
+        specs = self.layout.code_specs(out_features, input_size_per_partition, groups)
+        for name, spec in specs.items():
+            data = torch.empty(spec.shape, dtype=spec.dtype)
+            if name in rows_per_word:
+                parameter = zero_type(
+                    data=data,
                     output_dim=0,
                     packed_dim=0,
-                    packed_factor=WORD_BITS // width,
+                    packed_factor=rows_per_word[name],
                     weight_loader=loader,
                     **axes,
-                ),
-            )
+                )
+            else:
+                parameter = CodesParameter(
+                    data=data, input_dim=1, output_dim=0, weight_loader=loader
+                )
+            layer.register_parameter(name, parameter)
         capacity = sum(table.capacity for table in tables)
         layer.register_parameter(
             "outliers",
@@ -169,13 +165,15 @@ class TacqLinearMethod(LinearMethodBase):
         self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """Multiply x [..., in] with this rank's weight."""
-        return stored_linear(x, layer, self.schema.bits, bias)
+        return stored_linear(x, layer, self.layout, bias)
 
-    def _packed(self, layer: torch.nn.Module) -> PackedLinear:
-        tensors = {
-            name: getattr(layer, name) for name in tensor_names(self.schema.bits)
-        }
-        return PackedLinear.from_tensors(tensors, self.schema.bits, self.in_features)
+    @property
+    def _tensor_names(self) -> Iterable[str]:
+        return linear_specs(self.schema, self.names[0])
+
+    def _packed(self, layer: torch.nn.Module) -> StoredLinear:
+        tensors = {name: getattr(layer, name) for name in self._tensor_names}
+        return self.layout.linear(tensors, self.in_features)
 
     def _stored_tables(self, parts: list[Part], in_features: int) -> list[StoredTable]:
         """Which parts of the model's linear each stored linear holds."""
@@ -198,32 +196,33 @@ class TacqLinearMethod(LinearMethodBase):
 
     def _check_cut(self, local_in: int, in_features: int, parts: list[Part]) -> None:
         """Refuse a cut that does not fall between words and groups."""
+        columns, rows = self.layout.column_multiple, self.layout.row_multiple
         group_size = max(self.schema.group_size, 1)
-        if local_in != in_features and (local_in % WORD_BITS or local_in % group_size):
+        if local_in != in_features and (local_in % columns or local_in % group_size):
             refuse(
                 f"{', '.join(self.names)}: tensor parallelism leaves {local_in} of "
-                f"{in_features} input features to a rank, which cuts through a word "
-                f"of {WORD_BITS} or a group of {self.schema.group_size}"
+                f"{in_features} input features to a rank, which cuts through words "
+                f"of {columns} or a group of {self.schema.group_size}"
             )
         local_rows = [part.local_rows for part in parts]
         is_whole = len(parts) == 1 and local_rows == [parts[0].rows]
-        if not is_whole and any(rows % WORD_BITS for rows in local_rows):
+        if not is_whole and any(count % rows for count in local_rows):
             refuse(
                 f"{', '.join(self.names)}: {local_rows} output features on a rank, "
-                f"which cuts through a word of {WORD_BITS}"
+                f"which cuts through words of {rows}"
             )
 
     def _check_scales(self, scales: Any) -> None:
         """Refuse what no weight has; the tables were checked when they came."""
         rows = [table.local_rows for table in self.tables]
         for table, own in zip(self.tables, scales.split(rows), strict=True):
-            reason = check_scales(own, self.schema.bits)
+            reason = check_scales(own, self.layout)
             if reason:
                 fault = LinearFault("scales", reason)
                 refuse(fault_line(self.files, table.name, fault))
 
     def _check_loaded(self, layer: torch.nn.Module) -> None:
-        for name in tensor_names(self.schema.bits):
+        for name in self._tensor_names:
             missing = self.num_parts - len(getattr(layer, name).loaded_shards)
             if missing:
                 refuse(

@@ -14,6 +14,7 @@ from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
+    ModelWeightParameter,
     PackedColumnParameter,
     PackedvLLMParameter,
 )
@@ -68,8 +69,12 @@ class TrackedParameter(BasevLLMParameter):
         self.loaded_shards.add(None)
 
 
+class CodesParameter(TrackedParameter, ModelWeightParameter):
+    """Packed codes, of which a row is words of its own: cut along both axes."""
+
+
 class PackedParameter(TrackedParameter, PackedvLLMParameter):
-    """Packed codes, or zero-points of groups: cut along both axes."""
+    """Packed zero-points of groups: cut along both axes."""
 
 
 class PackedChannelParameter(TrackedParameter, PackedColumnParameter):

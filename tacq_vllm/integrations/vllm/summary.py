@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from vllm.logger import init_logger
 
-from tacq_vllm.format.linear import PackedLinear, stored_bytes
+from tacq_vllm.format.layouts import stored_bytes
 from tacq_vllm.format.schema import QuantizationSchema
+from tacq_vllm.format.stored import StoredLinear
 from tacq_vllm.kernels.ops import kernel_name
 
 # Under vLLM's own logger, so that the line looks and goes like vLLM's others.
@@ -37,7 +38,7 @@ class LoadSummary:
         """Note that a linear was made, whose weights are to come."""
         self._waiting += 1
 
-    def add_linear(self, packed: PackedLinear, x_dtype: torch.dtype) -> None:
+    def add_linear(self, packed: StoredLinear, x_dtype: torch.dtype) -> None:
         """Note that a linear has its weights."""
         self._waiting -= 1
         self._nbytes += sum(tensor.nbytes for tensor in packed.tensors().values())
@@ -50,7 +51,7 @@ class LoadSummary:
         size = schema.group_size
         nbytes = sum(stored_bytes(schema, name) for name in schema.linears)
         parts = [
-            f"{schema.bits} bits",
+            f"{schema.code_bits:.3g} bits",
             "whole rows" if size == -1 else f"group {size}",
             f"{100 * schema.outlier_ratio:.2f} % kept",
             f"{8 * nbytes / schema.num_weights:.2f} effective bits",

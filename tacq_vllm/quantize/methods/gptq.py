@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from tacq_vllm.config import Recipe
-from tacq_vllm.quantize.depends import Depends
+from tacq_vllm.format.linear import PlanesLayout
 from tacq_vllm.quantize.gptq import quantize_matrix
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
-from tacq_vllm.quantize.methods.packed import Masks, PackedRounder, keep_none
+from tacq_vllm.quantize.methods.packed import Masks, PackedRounder
+from tacq_vllm.quantize.methods.rounding import Rounding
 from tacq_vllm.quantize.passes import Passes
 from tacq_vllm.quantize.result import GridResult
 from tacq_vllm.quantize.world import World
@@ -16,26 +17,22 @@ from tacq_vllm.quantize.world import World
 def quantize(passes: Passes) -> QuantizedBlocks:
     """GPTQ without kept weights."""
     passes.check_linears(passes.recipe.group_size)
-    return quantize_blocks(passes, "quantization", keep_none, depends(passes))
+    return rounding(passes).quantize(passes)
 
 
-def depends(passes: Passes) -> Depends:
-    """What GPTQ without kept weights depends on, beside model and text."""
-    recipe = passes.recipe
-    return {
-        "bits": recipe.bits,
-        "group_size": recipe.group_size,
-        "dtype": passes.dtype_name,
-        "gptq": recipe.gptq.model_dump(mode="json"),
-    }
-
-
-def quantize_blocks(
-    passes: Passes, phase: str, masks: Masks, depends: Depends
-) -> QuantizedBlocks:
+def rounding(passes: Passes) -> Rounding:
     """GPTQ of the whole model, with the kept weights out of its grids."""
-    rounder = gptq_rounder(passes.recipe, passes.dtype, masks, passes.world)
-    return passes.blocks("gptq", phase, rounder, depends)
+    recipe = passes.recipe
+    return Rounding(
+        name="gptq",
+        rounder=lambda masks: gptq_rounder(recipe, passes.dtype, masks, passes.world),
+        depends={
+            "bits": recipe.bits,
+            "group_size": recipe.group_size,
+            "dtype": passes.dtype_name,
+            "gptq": recipe.gptq.model_dump(mode="json"),
+        },
+    )
 
 
 def gptq_rounder(
@@ -56,4 +53,5 @@ def gptq_rounder(
             config=recipe.gptq,
         )
 
-    return PackedRounder(quantize_rows, recipe.bits, recipe.group_size, world, masks)
+    layout = PlanesLayout(recipe.bits)
+    return PackedRounder(quantize_rows, layout, recipe.group_size, world, masks)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tacq_vllm.config import GptqConfig
+from tacq_vllm.format.linear import PlanesLayout
 from tacq_vllm.quantize.grid import fit_grid
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.packed import PackedRounder
@@ -23,7 +24,7 @@ def quantize(passes: Passes) -> QuantizedBlocks:
 
     rounder = PackedRounder(
         quantize_rows,
-        recipe.bits,
+        PlanesLayout(recipe.bits),
         recipe.group_size,
         passes.world,
         needs_inputs=False,
@@ -64,5 +65,6 @@ def round_to_nearest(
         zeros=torch.stack([grid.zeros for grid in grids], 1).to(torch.uint8),
         scales=torch.stack([grid.scales for grid in grids], 1).to(dtype),
         weight=torch.cat(values, 1),
+        bits=bits,
         damp_percent=None,
     )

@@ -28,7 +28,7 @@ class SimulatedRounder:
     needs_inputs: bool = True
     sample_tokens: int = 0
 
-    is_simulated: ClassVar[bool] = True
+    layout: ClassVar[None] = None
 
     def round_group(
         self, weights: Mapping[str, Tensor], inputs: GroupInputs | None

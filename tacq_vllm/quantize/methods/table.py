@@ -4,7 +4,15 @@ from collections.abc import Callable, Mapping
 
 from tacq_vllm.config import Method
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
-from tacq_vllm.quantize.methods import gptq, rtn, slim_llm, spqr, squeezellm, tacq
+from tacq_vllm.quantize.methods import (
+    fineq,
+    gptq,
+    rtn,
+    slim_llm,
+    spqr,
+    squeezellm,
+    tacq,
+)
 from tacq_vllm.quantize.passes import Passes
 
 METHODS: Mapping[Method, Callable[[Passes], QuantizedBlocks]] = {
@@ -14,4 +22,5 @@ METHODS: Mapping[Method, Callable[[Passes], QuantizedBlocks]] = {
     "squeezellm": squeezellm.quantize,
     "spqr": spqr.quantize,
     "slim-llm": slim_llm.quantize,
+    "fineq": fineq.quantize,
 }

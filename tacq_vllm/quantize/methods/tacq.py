@@ -1,9 +1,10 @@
-"""TaCQ (arXiv 2504.07389, section 3): GPTQ with the weights kept that matter most.
+"""TaCQ (arXiv 2504.07389, section 3): the weights kept that matter most.
 
-1. GPTQ of the whole model without kept weights gives Q(W).
+1. The whole model rounded without kept weights, by GPTQ, gives Q(W).
 2. Gradients of the 16-bit model on the calibration text give |∂L/∂W|.
 3. One budget picks the weights with the highest score.
-4. GPTQ again, those weights out of the grid and kept in 16 bits, gives the checkpoint.
+4. Rounding again, those weights out of the grid and kept in 16 bits, gives the
+   checkpoint.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from torch import Tensor
 from tacq_vllm.quantize.depends import Depends
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods import gptq
-from tacq_vllm.quantize.methods.packed import Masks, keep_none
+from tacq_vllm.quantize.methods.packed import Masks
+from tacq_vllm.quantize.methods.rounding import Rounding
 from tacq_vllm.quantize.passes import Gradients, Passes
 from tacq_vllm.quantize.saliency import (
     gradient_power,
@@ -26,22 +28,24 @@ from tacq_vllm.quantize.workdir import fingerprint
 
 
 def quantize(passes: Passes) -> QuantizedBlocks:
-    """GPTQ, the weights of the highest saliency kept; plain GPTQ where none fits."""
+    """GPTQ, the weights of the highest saliency kept."""
+    passes.check_linears(passes.recipe.group_size)
+    return quantize_keeping(passes, gptq.rounding(passes))
+
+
+def quantize_keeping(passes: Passes, rounding: Rounding) -> QuantizedBlocks:
+    """Round, the weights of the highest saliency kept; plainly where none fits."""
     outliers = passes.recipe.outliers
     budget = int(outliers.ratio * passes.num_weights())
     if budget == 0:
-        return gptq.quantize(passes)
-    passes.check_linears(passes.recipe.group_size)
+        return rounding.quantize(passes)
     metric = outliers.saliency
-    plain_depends = gptq.depends(passes)
     chosen: Depends = outliers.model_dump(mode="json")
     plain: QuantizedBlocks | None = None
     gradients: Gradients | None = None
     if needs_quantized(metric):
-        plain = gptq.quantize_blocks(
-            passes, "plain quantization", keep_none, plain_depends
-        )
-        chosen["plain"] = fingerprint(passes.text_depends() | plain_depends)
+        plain = rounding.quantize(passes, "plain quantization")
+        chosen["plain"] = fingerprint(passes.text_depends() | rounding.depends)
     if needs_gradients(metric):
         gradients = passes.gradients(gradient_power(metric))
         chosen["gradients"] = gradients.fingerprint
@@ -56,9 +60,7 @@ def quantize(passes: Passes) -> QuantizedBlocks:
         )
 
     masks = _select(passes, scores, budget)
-    return gptq.quantize_blocks(
-        passes, "quantization", masks, plain_depends | {"outliers": chosen}
-    )
+    return rounding.quantize(passes, "quantization", masks, chosen)
 
 
 def _select(passes: Passes, scores: Callable[[str], Tensor], budget: int) -> Masks:

@@ -35,7 +35,7 @@ def test_every_weight_has_the_nearest_value_of_its_grid(
     values = torch.arange(2**bits)[:, None, None] - zeros
     nearest = (values * scales - W).abs().amin(0)
     torch.testing.assert_close((result.weight - W).abs(), nearest)
-    packed = result.pack(torch.zeros_like(W, dtype=torch.bool), bits)
+    packed = result.pack(torch.zeros_like(W, dtype=torch.bool))
     assert torch.equal(dequantize(packed), result.weight)
 
 

@@ -86,7 +86,7 @@ def test_it_beats_gptq_where_there_are_outliers() -> None:
         keep_original=False,
         config=GptqConfig(),
     )
-    packed = gptq.pack(torch.zeros_like(layer.W, dtype=torch.bool), 3).tensors()
+    packed = gptq.pack(torch.zeros_like(layer.W, dtype=torch.bool)).tensors()
     nbytes = sum(tensor.nbytes for tensor in packed.values())
     assert result.stored_bits < 1.05 * 8 * nbytes
     errors = [relative_error(layer.W, q.weight, layer.H) for q in (result, gptq)]

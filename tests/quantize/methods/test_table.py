@@ -19,7 +19,7 @@ from tacq_vllm.quantize.model import BaseModel
 from tests.conftest import quick, run_pipeline
 from tests.quantize.test_world import torchrun
 
-OTHERS = ["rtn", "squeezellm", "spqr", "slim-llm"]
+OTHERS = ["rtn", "squeezellm", "spqr", "slim-llm", "fineq"]
 """Those that are not GPTQ with or without kept weights."""
 
 
@@ -55,7 +55,20 @@ with open_world(torch.device("cpu")) as (world, device):
 @pytest.fixture(scope="module")
 def recipes(tiny_recipe: Recipe) -> dict[str, Recipe]:
     fields = {"group_size": 16, "calibration.num_samples": 6}
-    return {name: quick(tiny_recipe, method=name, **fields) for name in OTHERS}
+    of_clusters = {
+        "bits": 2,
+        "group_size": -1,
+        "fineq.rounding": "gptq",
+        "fineq.keep_outliers": True,
+    }
+    return {
+        name: quick(
+            tiny_recipe,
+            method=name,
+            **(fields | (of_clusters if name == "fineq" else {})),
+        )
+        for name in OTHERS
+    }
 
 
 @pytest.fixture(scope="module")
