@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from tacq_vllm.format.clustered import ClusteredLinear
+from tacq_vllm.format.clusters import clustered_words
 from tacq_vllm.format.linear import PackedLinear, pack_linear
-from tacq_vllm.format.outliers import select_outliers
+from tacq_vllm.format.outliers import Outliers, encode_outliers, select_outliers
 from tacq_vllm.kernels import cpu_linear
 from tacq_vllm.kernels.ops import quantized_linear
 from tacq_vllm.kernels.reference import dequantize
@@ -48,7 +50,7 @@ class Kernel:
     """One way to multiply with one weight, of which there are copies."""
 
     name: str
-    bits: int
+    bits: float
     group_size: int
     weights: list[Any]
     multiply: Callable[[Tensor, Any], Tensor]
@@ -95,8 +97,11 @@ def main() -> None:
                 kernel
                 for size in map(int, arguments.group_sizes.split(","))
                 for bits in map(int, arguments.bits.split(","))
-                for kernel in packed_kernels(n, k, bits, size, ways)
+                for kernel in own_kernels(
+                    "tacq", bits, size, random_packed(bits, n, k, size), ways
+                )
             ),
+            *own_kernels("tacq_fineq", 2.33, -1, random_clustered(n, k), ways),
         ]
         if not on_gpu:
             kernels.append(torch_int4_kernel(n, k, 64))
@@ -127,11 +132,14 @@ def sixteen_bit_kernels(n: int, k: int) -> Iterator[Kernel]:
     yield Kernel("torch_linear_fp32", 32, 0, floats, linear_float, dense, 4 * n * k)
 
 
-def packed_kernels(
-    n: int, k: int, bits: int, group_size: int, activations: list[str]
+def own_kernels(
+    name: str,
+    bits: float,
+    group_size: int,
+    packed: PackedLinear | ClusteredLinear,
+    activations: list[str],
 ) -> Iterator[Kernel]:
-    """Ours, one for each treatment of x."""
-    packed = random_packed(bits, n, k, group_size)
+    """Ours for a weight, one for each treatment of x."""
     nbytes = sum(tensor.nbytes for tensor in packed.tensors().values())
     weights = [clone(packed) for _ in range(copies(nbytes))]
     dense = dequantize(packed).float()
@@ -140,8 +148,16 @@ def packed_kernels(
         return quantized_linear(x, weight, None)
 
     for chosen in activations:
-        name = f"tacq_{chosen}"
-        yield Kernel(name, bits, group_size, weights, multiply, dense, nbytes, chosen)
+        yield Kernel(
+            f"{name}_{chosen}",
+            bits,
+            group_size,
+            weights,
+            multiply,
+            dense,
+            nbytes,
+            chosen,
+        )
 
 
 def torch_int4_kernel(n: int, k: int, group_size: int) -> Kernel:
@@ -256,24 +272,32 @@ def read_bandwidth() -> float:
 
 
 def random_packed(bits: int, n: int, k: int, group_size: int) -> PackedLinear:
-    """A random weight whose kept weights cluster in rows, as TaCQ's do."""
+    """A random weight in planes."""
     groups = 1 if group_size == -1 else k // group_size
     zeros = torch.randint(0, 2**bits, (n, groups))
     codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    scales = (torch.rand(n, groups) * 0.05 + 0.01).bfloat16()
+    return pack_linear(codes, zeros, scales, random_outliers(n, k), bits)
+
+
+def random_clustered(n: int, k: int) -> ClusteredLinear:
+    """A random weight in FineQ's layout, with a scale per row."""
+    words = torch.randint(-(2**31), 2**31, (n, clustered_words(k)), dtype=torch.int32)
+    scales = (torch.rand(n, 1) * 0.05 + 0.01).bfloat16()
+    return ClusteredLinear(words, scales, encode_outliers(random_outliers(n, k)), k)
+
+
+def random_outliers(n: int, k: int) -> Outliers:
+    """Kept weights that cluster in rows, as TaCQ's do."""
     fullness = torch.randn(n, 1).mul(1.5).exp() * (torch.rand(n, 1) < 0.5)
     density = fullness / fullness.mean() * OUTLIER_RATIO
-    mask = torch.rand(n, k) < density
-    codes[mask] = zeros.repeat_interleave(k // groups, 1)[mask].to(torch.uint8)
-    scales = (torch.rand(n, groups) * 0.05 + 0.01).bfloat16()
-    return pack_linear(
-        codes, zeros, scales, select_outliers(torch.randn(n, k).bfloat16(), mask), bits
-    )
+    return select_outliers(torch.randn(n, k).bfloat16(), torch.rand(n, k) < density)
 
 
-def clone(packed: PackedLinear) -> PackedLinear:
+def clone(packed: PackedLinear | ClusteredLinear) -> PackedLinear | ClusteredLinear:
     """The same weight elsewhere in memory."""
     tensors = {name: tensor.clone() for name, tensor in packed.tensors().items()}
-    return PackedLinear.from_tensors(tensors, packed.bits, packed.in_features)
+    return replace(packed, **tensors)
 
 
 def cpu_name() -> str:

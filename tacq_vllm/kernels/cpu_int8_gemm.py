@@ -36,13 +36,7 @@ from tacq_vllm.kernels.cpu_ir import (
     sum_slots,
 )
 from tacq_vllm.kernels.cpu_rounding import ARGUMENTS, Rounding, rounder
-from tacq_vllm.kernels.cpu_rows import (
-    ROW_TYPE,
-    PackedRow,
-    outlier_products,
-    row_finder,
-    unpack_row,
-)
+from tacq_vllm.kernels.cpu_rows import Row, outlier_products
 
 OFFSET = 128
 """What is added to bytes of x."""
@@ -81,22 +75,25 @@ def compile_gemm(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
         A C function void(int64 *arguments) with an `address`, to be called by every
         thread of a team; a row of the weight belongs to one thread.
     """
-    share, row_at = sharer(team), row_finder(reader.bits)
+    share, row_at = sharer(team), reader.rows.finder()
     round_tokens = rounder(rounding, team)
     out_size = rounding.dtype.itemsize
     chunk_size, part_chunks = reader.columns, _COLUMNS // reader.columns
     row_bytes = part_chunks * _entry_bytes(reader)
     reserve_weights = reserver(_ROWS * row_bytes)
     reserve_sums = reserver(_ROWS * _SUMS_BYTES)
+    own = len(ARGUMENTS)
+    size_of_a = own + reader.rows.addresses
     unpack, multiply = _unpack(reader, dot), _multiply(reader, dot)
     finish = _finish(reader, rounding)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
-        a = numba.carray(pointer, len(ARGUMENTS), numba.int64)
+        a = numba.carray(pointer, size_of_a, numba.int64)
+        weight = a[own:]
         round_tokens(a)
-        x, codes, scales, out = a[7], a[8], a[9], a[11]
-        tokens, columns, chunks, groups, rows = a[12], a[13], a[14], a[15], a[16]
+        x, codes, scales, out = a[1], a[2], a[3], a[5]
+        tokens, columns, chunks, groups, rows = a[6], a[7], a[8], a[9], a[10]
         start, stop = share(0, rows)
         weights, sums = reserve_weights(), reserve_sums()
         for slab in range(0, tokens, _SLAB):
@@ -106,7 +103,7 @@ def compile_gemm(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
                 for chunk in range(0, chunks, part_chunks):
                     count = min(part_chunks, chunks - chunk)
                     for row in range(first, last):
-                        packed = row_at(a, row, columns, groups, rows)
+                        packed = row_at(weight, row, columns, groups, rows)
                         place = weights + (row - first) * row_bytes
                         unpack(packed, chunk, count, columns, place)
                     for token in range(slab, slab_end, TILE):
@@ -122,7 +119,7 @@ def compile_gemm(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
                                 sums + row * _SUMS_BYTES + (token - slab) * LANES * 4,
                             )
                 for row in range(first, last):
-                    packed = row_at(a, row, columns, groups, rows)
+                    packed = row_at(weight, row, columns, groups, rows)
                     place = sums + (row - first) * _SUMS_BYTES
                     for token in range(slab, slab_end, OUT_TILE):
                         finish(
@@ -138,11 +135,12 @@ def compile_gemm(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
 
 def _unpack(reader: ChunkReader, dot: str) -> Any:
     """Intrinsic: unpack `count` chunks of a row from `first` on into memory."""
+    row_type = reader.rows.row_type
 
     @intrinsic
     def unpack(typing_context, row, first, count, columns, place):
         def codegen(context, builder, signature, arguments):
-            row = unpack_row(builder, arguments[0])
+            row = reader.rows.unpack(builder, arguments[0])
             first, count, columns, place = arguments[1:]
             end = builder.add(first, count)
             whole = builder.udiv(columns, I64(reader.columns))
@@ -165,13 +163,13 @@ def _unpack(reader: ChunkReader, dot: str) -> Any:
             return context.get_dummy_value()
 
         number = types.int64
-        return types.void(ROW_TYPE, number, number, number, number), codegen
+        return types.void(row_type, number, number, number, number), codegen
 
     return unpack
 
 
 def _weights(
-    builder: Any, reader: ChunkReader, dot: str, row: PackedRow, index: Any, rest: Any
+    builder: Any, reader: ChunkReader, dot: str, row: Row, index: Any, rest: Any
 ) -> tuple[Any, Any, list[Any]]:
     """Of a chunk: scales, where integer sums begin, and signed weights as bytes."""
     scale, zero = reader.grid(builder, row, index, rest)
@@ -196,6 +194,7 @@ def _entry_bytes(reader: ChunkReader) -> int:
 def _multiply(reader: ChunkReader, dot: str) -> Any:
     """Intrinsic: add the products of a pair of rows and a tile to sums in memory."""
     entry, vectors = _entry_bytes(reader), reader.vectors
+    stride = reader.rows.stride
     row_bytes = _COLUMNS // reader.columns * entry
     pairs = [(row, token) for row in range(_PAIR) for token in range(TILE)]
 
@@ -228,10 +227,11 @@ def _multiply(reader: ChunkReader, dot: str) -> Any:
                 for (row, _), slot in zip(pairs, slots, strict=True):
                     builder.store(starts[row], slot)
                 # A loop, so that the compiler does not load everything first.
-                with cgutils.for_range(builder, I64(vectors // 4), intp=I64) as part:
-                    for number in range(4):
+                sets = I64(vectors // stride)
+                with cgutils.for_range(builder, sets, intp=I64) as part:
+                    for number in range(stride):
                         index = builder.add(
-                            builder.mul(part.index, I64(4)), I64(number)
+                            builder.mul(part.index, I64(stride)), I64(number)
                         )
                         w = [at(builder, line, index, WORDS) for line in lines]
                         x = [at(builder, line, index, WORDS) for line in tokens]
@@ -257,21 +257,22 @@ def _multiply(reader: ChunkReader, dot: str) -> Any:
 
 def _finish(reader: ChunkReader, rounding: Rounding) -> Any:
     """Intrinsic: add up a row's sums and kept weights, and store the results."""
+    row_type = reader.rows.row_type
 
     @intrinsic
     def finish(typing_context, row, x, sums, out, rows):
         def codegen(context, builder, signature, arguments):
-            row = unpack_row(builder, arguments[0])
+            row = reader.rows.unpack(builder, arguments[0])
             x, sums, out, rows = arguments[1:]
             totals = [
                 at(builder, sums, I64(token), FLOATS) for token in range(OUT_TILE)
             ]
-            kept = outlier_products(builder, row, x, OUT_TILE, reader.dtype)
+            kept = outlier_products(builder, row, x, OUT_TILE, reader.rows.dtype)
             values = builder.fadd(lane_sums(builder, totals), kept)
             put_tokens(builder, out, rows, values, rounding.dtype)
             return context.get_dummy_value()
 
         number = types.int64
-        return types.void(ROW_TYPE, number, number, number, number), codegen
+        return types.void(row_type, number, number, number, number), codegen
 
     return finish

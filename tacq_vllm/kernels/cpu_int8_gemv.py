@@ -30,13 +30,7 @@ from tacq_vllm.kernels.cpu_ir import (
     sum_slots,
 )
 from tacq_vllm.kernels.cpu_rounding import ARGUMENTS, Rounding, rounder
-from tacq_vllm.kernels.cpu_rows import (
-    ROW_TYPE,
-    PackedRow,
-    outlier_products,
-    row_finder,
-    unpack_row,
-)
+from tacq_vllm.kernels.cpu_rows import Row, outlier_products
 
 _ROWS = 16
 """Rows of the weight that pass by a part of x while that is in the first cache."""
@@ -49,7 +43,7 @@ def compile_gemv(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
     """Compile out[t, r] = x[t] · W[r] for at most one tile of rows of x.
 
     Args:
-        reader: reads the weight, with lanes of 16 columns.
+        reader: reads the weight.
         rounding: what x becomes: without an offset, in tiles of 1, 2 or 4.
         dot: instructions for products of bytes: `avx512vnni`, `avx2` or `plain`.
         team: where the calling thread is.
@@ -58,22 +52,25 @@ def compile_gemv(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
         A C function void(int64 *arguments) with an `address`, to be called by every
         thread of a team; a row of the weight belongs to one thread.
     """
-    share, row_at = sharer(team), row_finder(reader.bits)
+    share, row_at = sharer(team), reader.rows.finder()
     round_tokens = rounder(rounding, team)
     tokens = rounding.tile
     size, width, part = tokens * LANES * 4, reader.columns, _CHUNKS // tokens
     out_size = rounding.dtype.itemsize
     reserve = reserver(_ROWS * size)
+    own = len(ARGUMENTS)
+    size_of_a = own + reader.rows.addresses
     add_chunks = _add_chunks(reader, tokens, dot)
     finish = _finish(reader, rounding, dot)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
-        a = numba.carray(pointer, len(ARGUMENTS), numba.int64)
+        a = numba.carray(pointer, size_of_a, numba.int64)
+        weight = a[own:]
         round_tokens(a)
-        x, out, columns, groups, rows = a[7], a[11], a[13], a[15], a[16]
+        x, out, columns, groups, rows = a[1], a[5], a[7], a[9], a[10]
         whole = columns // width
-        tile = a[8], a[9], a[10]
+        tile = a[2], a[3], a[4]
         start, stop = share(0, rows)
         sums = reserve()
         for first in range(start, stop, _ROWS):
@@ -81,10 +78,10 @@ def compile_gemv(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
             for chunk in range(0, whole, part):
                 end = min(chunk + part, whole)
                 for row in range(first, last):
-                    packed = row_at(a, row, columns, groups, rows)
+                    packed = row_at(weight, row, columns, groups, rows)
                     add_chunks(packed, tile, chunk, end, sums + (row - first) * size)
             for row in range(first, last):
-                packed = row_at(a, row, columns, groups, rows)
+                packed = row_at(weight, row, columns, groups, rows)
                 target = x, columns, out + row * out_size, rows
                 finish(packed, tile, whole, sums + (row - first) * size, target)
 
@@ -97,11 +94,12 @@ _TILE_TYPE = types.UniTuple(types.int64, 3)
 
 def _add_chunks(reader: ChunkReader, tokens: int, dot: str) -> Any:
     """Intrinsic: add the products of a row's whole chunks to its sums in memory."""
+    row_type = reader.rows.row_type
 
     @intrinsic
     def add_chunks(typing_context, row, tile, first, last, sums):
         def codegen(context, builder, signature, arguments):
-            row = unpack_row(builder, arguments[0])
+            row = reader.rows.unpack(builder, arguments[0])
             tile = cgutils.unpack_tuple(builder, arguments[1])
             first, last, sums = arguments[2:]
             places = _places(builder, sums, tokens)
@@ -113,19 +111,19 @@ def _add_chunks(reader: ChunkReader, tokens: int, dot: str) -> Any:
             return context.get_dummy_value()
 
         number = types.int64
-        return types.void(ROW_TYPE, _TILE_TYPE, number, number, number), codegen
+        return types.void(row_type, _TILE_TYPE, number, number, number), codegen
 
     return add_chunks
 
 
 def _finish(reader: ChunkReader, rounding: Rounding, dot: str) -> Any:
     """Intrinsic: add the last columns and the kept weights, and store the results."""
-    tokens = rounding.tile
+    tokens, row_type = rounding.tile, reader.rows.row_type
 
     @intrinsic
     def finish(typing_context, row, tile, whole, sums, target):
         def codegen(context, builder, signature, arguments):
-            row = unpack_row(builder, arguments[0])
+            row = reader.rows.unpack(builder, arguments[0])
             tile = cgutils.unpack_tuple(builder, arguments[1])
             whole, sums = arguments[2:4]
             x, columns, out, rows = cgutils.unpack_tuple(builder, arguments[4])
@@ -134,13 +132,13 @@ def _finish(reader: ChunkReader, rounding: Rounding, dot: str) -> Any:
             with builder.if_then(builder.icmp_unsigned("!=", rest, I64(0))):
                 _add_chunk(builder, reader, dot, row, tile, whole, rest, slots)
             totals = lane_sums(builder, [builder.load(slot) for slot in slots])
-            kept = outlier_products(builder, row, x, tokens, reader.dtype)
+            kept = outlier_products(builder, row, x, tokens, reader.rows.dtype)
             values = builder.fadd(totals, kept)
             put_tokens(builder, out, rows, values, rounding.dtype)
             return context.get_dummy_value()
 
         number, target = types.int64, types.UniTuple(types.int64, 4)
-        return types.void(ROW_TYPE, _TILE_TYPE, number, number, target), codegen
+        return types.void(row_type, _TILE_TYPE, number, number, target), codegen
 
     return finish
 
@@ -154,7 +152,7 @@ def _add_chunk(
     builder: Any,
     reader: ChunkReader,
     dot: str,
-    row: PackedRow,
+    row: Row,
     tile: list[Any],
     index: Any,
     rest: Any,

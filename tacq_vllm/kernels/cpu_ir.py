@@ -14,10 +14,13 @@ from numba.extending import intrinsic
 LANES = 16
 """Lanes of a vector of 32-bit values."""
 
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
 WORDS = ir.VectorType(I32, LANES)
 FLOATS = ir.VectorType(F32, LANES)
+
+_AHEAD = 1024
+"""Bytes by which memory is asked for before it is read, at the slowest pace."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,18 @@ def load_some(builder: Any, base: Any, kind: Any, valid: Any) -> Any:
     return call(builder, name, kind, arguments)
 
 
-def prefetch(builder: Any, address: Any) -> None:
-    """Ask for the line of memory at an address, which need not exist."""
-    pointer = builder.inttoptr(address, I8.as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+def prefetch(builder: Any, place: Any, size: int, pace: int) -> None:
+    """Ask for what will be read after `size` bytes at an address; it need not exist.
+
+    `pace` is how fast an array is read, 1 for the slowest.
+    """
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     read, everywhere, data = I32(0), I32(3), I32(1)
-    builder.call(function, [pointer, read, everywhere, data])
+    for line in range(0, size, 64):
+        address = builder.add(place, I64(_AHEAD * pace + line))
+        pointer = builder.inttoptr(address, I8.as_pointer())
+        builder.call(function, [pointer, read, everywhere, data])
 
 
 def call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
@@ -109,6 +117,20 @@ def pick_both(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     """The named lanes of two vectors; those of the second have the higher numbers."""
     order = ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
     return builder.shuffle_vector(a, b, order)
+
+
+def shift_words(builder: Any, words: Any, shift: int) -> Any:
+    """Words shifted to the right, or by a negative count to the left."""
+    if shift == 0:
+        return words
+    move = builder.lshr if shift > 0 else builder.shl
+    return move(words, same(words.type, abs(shift)))
+
+
+def byte_field(builder: Any, words: Any, shift: int, mask: int) -> Any:
+    """Bytes shifted as `shift_words` does, and masked."""
+    shifted = shift_words(builder, words, shift)
+    return builder.and_(shifted, same(words.type, 0x01010101 * mask))
 
 
 def zeroed(builder: Any) -> Any:

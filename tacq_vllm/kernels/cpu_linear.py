@@ -3,8 +3,8 @@
 Two ways:
 
 * int8, the default for x in 16 bits: x is rounded to 8 bits, with a scale for every 64
-  columns (32 where groups are smaller), and multiplied with the codes in integers; kept
-  weights are multiplied with x as it is.
+  columns (48 beside clusters, 32 where groups are smaller), and multiplied with the
+  codes in integers; kept weights are multiplied with x as it is.
 * exact, for x in float32 and where the environment has TACQ_CPU_ACTIVATIONS=exact:
   codes become floats in vector registers. For few tokens they are multiplied into x at
   once; for many, blocks of rows are dequantized into a cache-sized buffer, for the
@@ -22,15 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
+from torch.nn.functional import pad
 
+from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.kernels.cpu_chunks import supports_groups
+from tacq_vllm.kernels.cpu_clusters import clusters_weight
 from tacq_vllm.kernels.cpu_dots import best_dot
 from tacq_vllm.kernels.cpu_exact import compile_dequantize, compile_linear
-from tacq_vllm.kernels.cpu_int8 import int8_linear
+from tacq_vllm.kernels.cpu_int8 import int8_linear, int8_supports
 from tacq_vllm.kernels.cpu_int8 import warm_up as warm_up_int8
-from tacq_vllm.kernels.cpu_ir import LANES
-from tacq_vllm.kernels.cpu_rows import weight_addresses
+from tacq_vllm.kernels.cpu_planes import planes_weight
+from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows
 from tacq_vllm.kernels.openmp import find_openmp, get_openmp
 from tacq_vllm.kernels.reference import BLOCK_WEIGHTS
 
@@ -48,80 +50,93 @@ def available() -> bool:
     return find_openmp() is not None
 
 
-def supports(packed: PackedLinear, x_dtype: torch.dtype) -> bool:
+def supports(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> bool:
     """Whether the kernels multiply weights like these with x of a type."""
     return (
         x_dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and packed.in_features % 32 == 0
-        and all(tensor.is_contiguous() for tensor in packed.tensors().values())
+        and (isinstance(linear, ClusteredLinear) or linear.in_features % 32 == 0)
+        and all(tensor.is_contiguous() for tensor in linear.tensors().values())
     )
 
 
-def kernel_name(packed: PackedLinear, x_dtype: torch.dtype) -> str:
+def kernel_name(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> str:
     """Which of them does it."""
-    return f"cpu int8 {best_dot()}" if _rounds(x_dtype, packed) else "cpu exact"
+    rounds = _rounds(x_dtype, _weight(linear))
+    return f"cpu int8 {best_dot()}" if rounds else "cpu exact"
 
 
-def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
+def multiply(
+    x: Tensor, linear: PackedLinear | ClusteredLinear, bias: Tensor | None
+) -> Tensor:
     """Multiply x [..., in] with the weight: [..., out], in the type of x."""
-    tokens = x.reshape(-1, packed.in_features).contiguous()
-    if _rounds(x.dtype, packed):
-        out = int8_linear(tokens, packed)
+    weight = _weight(linear)
+    tokens = x.reshape(-1, linear.in_features).contiguous()
+    if weight.columns != linear.in_features:
+        tokens = pad(tokens, (0, weight.columns - linear.in_features))
+    if _rounds(x.dtype, weight):
+        out = int8_linear(tokens, weight)
     elif tokens.shape[0] <= MAX_FUSED_TOKENS:
-        out = _fused(tokens.to(torch.float32), packed).to(x.dtype)
+        out = _fused(tokens.to(torch.float32), weight).to(x.dtype)
     else:
-        out = _blocked(tokens.to(torch.float32), packed).to(x.dtype)
-    out = out.view(*x.shape[:-1], packed.out_features)
+        out = _blocked(tokens.to(torch.float32), weight).to(x.dtype)
+    out = out.view(*x.shape[:-1], weight.out_features)
     return out if bias is None else out + bias
 
 
-def warm_up(packed: PackedLinear, x_dtype: torch.dtype) -> None:
+def warm_up(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> None:
     """Compile the kernels for weights like these, so that no request waits for it."""
-    bits, dtype = packed.bits, packed.scales.dtype
-    if _rounds(x_dtype, packed):
-        warm_up_int8(packed, x_dtype)
+    weight = _weight(linear)
+    if _rounds(x_dtype, weight):
+        warm_up_int8(weight, x_dtype)
     else:
-        _exact_dequantize(bits, dtype)
+        _exact_dequantize(weight.rows)
         for tokens in _TOKEN_COUNTS:
-            _exact_linear(bits, dtype, tokens)
+            _exact_linear(weight.rows, tokens)
 
 
-def _fused(x: Tensor, packed: PackedLinear) -> Tensor:
+def _weight(linear: PackedLinear | ClusteredLinear) -> CpuWeight:
+    """The weight as the kernels take it."""
+    if isinstance(linear, ClusteredLinear):
+        return clusters_weight(linear)
+    return planes_weight(linear)
+
+
+def _fused(x: Tensor, weight: CpuWeight) -> Tensor:
     """The exact product, for few tokens: float32 [tokens, out]."""
     tile = _tile(x.shape[0])
-    out = torch.empty(tile, packed.out_features)
-    kernel = _exact_linear(packed.bits, packed.scales.dtype, tile)
-    _run_exact(kernel, packed, _with_rows(x, tile), out, 0, packed.out_features)
+    out = torch.empty(tile, weight.out_features)
+    kernel = _exact_linear(weight.rows, tile)
+    _run_exact(kernel, weight, _with_rows(x, tile), out, 0, weight.out_features)
     return out[: x.shape[0]]
 
 
-def _blocked(x: Tensor, packed: PackedLinear) -> Tensor:
+def _blocked(x: Tensor, weight: CpuWeight) -> Tensor:
     """The exact product, for many tokens: float32 [tokens, out]."""
-    rows = max(1, BLOCK_WEIGHTS // packed.in_features)
-    out = torch.empty(x.shape[0], packed.out_features)
-    block = torch.empty(rows, packed.in_features)
-    kernel = _exact_dequantize(packed.bits, packed.scales.dtype)
-    for start in range(0, packed.out_features, rows):
-        stop = min(start + rows, packed.out_features)
-        _run_exact(kernel, packed, x, block, start, stop)
+    rows = max(1, BLOCK_WEIGHTS // weight.columns)
+    out = torch.empty(x.shape[0], weight.out_features)
+    block = torch.empty(rows, weight.columns)
+    kernel = _exact_dequantize(weight.rows)
+    for start in range(0, weight.out_features, rows):
+        stop = min(start + rows, weight.out_features)
+        _run_exact(kernel, weight, x, block, start, stop)
         out[:, start:stop] = dense_linear(x, block[: stop - start])
     return out
 
 
 def _run_exact(
-    kernel: Any, packed: PackedLinear, x: Tensor, out: Tensor, start: int, stop: int
+    kernel: Any, weight: CpuWeight, x: Tensor, out: Tensor, start: int, stop: int
 ) -> None:
     """Run an exact kernel on rows [start, stop)."""
     arguments = (
-        *weight_addresses(packed),
         x.data_ptr(),
         out.data_ptr(),
-        packed.out_features,
-        packed.in_features,
-        packed.in_features // packed.group_size,
-        packed.group_size // LANES,
+        weight.out_features,
+        weight.columns,
+        weight.groups,
+        weight.group_size // weight.rows.step,
         start,
         stop,
+        *weight.addresses,
     )
     get_openmp().run(kernel, arguments)
 
@@ -137,12 +152,10 @@ def _with_rows(x: Tensor, count: int) -> Tensor:
     return x if missing == 0 else torch.cat((x, x.new_zeros(missing, x.shape[1])))
 
 
-def _rounds(x_dtype: torch.dtype, packed: PackedLinear) -> bool:
+def _rounds(x_dtype: torch.dtype, weight: CpuWeight) -> bool:
     """Whether x is rounded to 8 bits."""
     return (
-        x_dtype != torch.float32
-        and activations() == "int8"
-        and supports_groups(packed.group_size, packed.in_features)
+        x_dtype != torch.float32 and activations() == "int8" and int8_supports(weight)
     )
 
 
@@ -156,10 +169,10 @@ def activations() -> str:
 
 
 @functools.cache
-def _exact_linear(bits: int, dtype: torch.dtype, tokens: int) -> Any:
-    return compile_linear(bits, dtype, tokens, get_openmp().team)
+def _exact_linear(rows: Rows, tokens: int) -> Any:
+    return compile_linear(rows, tokens, get_openmp().team)
 
 
 @functools.cache
-def _exact_dequantize(bits: int, dtype: torch.dtype) -> Any:
-    return compile_dequantize(bits, dtype, get_openmp().team)
+def _exact_dequantize(rows: Rows) -> Any:
+    return compile_dequantize(rows, get_openmp().team)

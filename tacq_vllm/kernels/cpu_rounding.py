@@ -26,10 +26,8 @@ from tacq_vllm.kernels.cpu_ir import (
     stored_type,
     to_float,
 )
-from tacq_vllm.kernels.cpu_rows import ADDRESSES
 
 ARGUMENTS = (
-    *ADDRESSES,
     "x",
     "x_tiles",
     "codes",
@@ -42,10 +40,10 @@ ARGUMENTS = (
     "groups",
     "out_features",
 )
-"""What int8 kernels are given: addresses, then sizes, as 64-bit integers.
+"""What int8 kernels are given, as 64-bit integers, before the addresses of a weight.
 
-Of a packed weight; of x [tokens, in]; of memory for what is made of x; of the output
-[tokens, out], with room for whole tiles.
+Addresses of x [tokens, in]; of memory for what is made of x; of the output [tokens,
+out], with room for whole tiles. Then sizes.
 """
 
 
@@ -63,10 +61,13 @@ class Rounding:
     """The type of x."""
 
     span: int
-    """Columns of a lane: 16 or 64."""
+    """Columns of a lane."""
+
+    stride: int
+    """Columns from a byte of a lane to the next; see `Rows`."""
 
     block: int
-    """Columns of x that share a scale: 32 or 64."""
+    """Columns of x that share a scale: a few lanes, or one."""
 
     offset: int
     """What is added to the bytes."""
@@ -93,9 +94,9 @@ def rounder(rounding: Rounding, team: Team) -> Any:
 
     @numba.njit
     def round_tokens(a):
-        x, tiles, codes, scales, sums = a[6], a[7], a[8], a[9], a[10]
-        columns, chunks = a[13], a[14]
-        start, stop = share(0, a[12])
+        x, tiles, codes, scales, sums = a[0], a[1], a[2], a[3], a[4]
+        columns, chunks = a[7], a[8]
+        start, stop = share(0, a[6])
         for token in range(start, stop):
             first = token // tile * tile * chunks + token % tile
             target = tiles + (token // out_tile * columns * out_tile) * 4
@@ -135,6 +136,7 @@ def _no_scale() -> Any:
 def _round_block(rounding: Rounding) -> Any:
     """Intrinsic: one block of x to floats and bytes, with each lane's scale and sum."""
     block, span, offset = rounding.block, rounding.span, rounding.offset
+    stride = rounding.stride
     stored = ir.VectorType(stored_type(rounding.dtype), block)
     floats, words = ir.VectorType(F32, block), ir.VectorType(I32, block)
     lanes = range(0, block, span)
@@ -169,8 +171,10 @@ def _round_block(rounding: Rounding) -> Any:
             shifted = builder.add(rounded, same(words, offset))
             narrow = builder.trunc(shifted, ir.VectorType(I8, block))
             for vector in range(span // 4):
-                first = vector // 4 * 16 + vector % 4
-                order = [lane + first + 4 * byte for lane in lanes for byte in range(4)]
+                first = vector // stride * 4 * stride + vector % stride
+                order = [
+                    lane + first + stride * byte for lane in lanes for byte in range(4)
+                ]
                 place = builder.add(codes, I64(64 * vector))
                 put(builder, place, pick(builder, narrow, order))
             scale = builder.fdiv(largest, F32(127.0))

@@ -1,18 +1,17 @@
-"""LLVM code that reads a packed row: where it lies, its grid, its kept weights."""
+"""What the CPU kernels know of a weight: how its rows are stored, and where.
 
-from collections.abc import Callable, Iterator
+A layout of codes is a kind of `Rows`. Kept weights are in all of them the same.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import numba
 import torch
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
 
-from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.format.packing import PLANE_WIDTHS
 from tacq_vllm.kernels.cpu_ir import (
     F32,
     I16,
@@ -25,101 +24,100 @@ from tacq_vllm.kernels.cpu_ir import (
     to_float,
 )
 
-ADDRESSES = (
-    "qweight",
-    "qweight_high",
-    "scales",
-    "qzeros",
-    "qzeros_high",
-    "outliers",
-)
-"""The first arguments of every kernel: the addresses of a packed weight's tensors."""
+Load = Callable[[Any, Any], Any]
+"""Reads elements of a type, of one or more groups, from an array at an address."""
 
 
-def weight_addresses(packed: PackedLinear) -> tuple[int, ...]:
-    """Where the packed tensors lie, in the order in which kernels take them."""
-    high, zeros_high = packed.qweight_high, packed.qzeros_high
-    return (
-        packed.qweight.data_ptr(),
-        0 if high is None else high.data_ptr(),
-        packed.scales.data_ptr(),
-        packed.qzeros.data_ptr(),
-        0 if zeros_high is None else zeros_high.data_ptr(),
-        packed.outliers.data_ptr(),
-    )
+class Row(Protocol):
+    """LLVM values: addresses of one row's parts."""
+
+    @property
+    def scales(self) -> Any:
+        """Of its scales."""
+
+    @property
+    def offsets(self) -> Any:
+        """Of the number of its first kept weight; that of the next row follows."""
+
+    @property
+    def entries(self) -> Any:
+        """Of the kept weights of all rows."""
+
+
+class Rows(Hashable, Protocol):
+    """LLVM code that reads rows that are stored in one way."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The 16-bit type of scales and kept weights."""
+
+    @property
+    def stride(self) -> int:
+        """Vectors that a set of columns makes.
+
+        A lane of theirs has 4 · stride neighbouring columns: its four bytes of vector k
+        are the columns k, k + stride, k + 2 stride and k + 3 stride of these.
+        """
+
+    @property
+    def step(self) -> int:
+        """Columns that become floats at once."""
+
+    @property
+    def addresses(self) -> int:
+        """Tensors of a weight, whose addresses are every kernel's last arguments."""
+
+    @property
+    def row_type(self) -> Any:
+        """What the finder returns, as numba knows it."""
+
+    def finder(self) -> Any:
+        """Compile what finds a row.
+
+        It takes the tensors' addresses, the row's number, and the numbers of columns,
+        groups and rows of the weight.
+        """
+
+    def unpack(self, builder: Any, values: Any) -> Row:
+        """The row that an intrinsic was given."""
+
+    def codes(self, builder: Any, row: Any, index: Any, rest: Any) -> list[Any]:
+        """The codes of a set of columns, one per byte: `stride` vectors.
+
+        Args:
+            builder: what appends instructions.
+            row: the row.
+            index: the set's number.
+            rest: how many of its columns exist; None: all.
+        """
+
+    def grid(self, builder: Any, row: Any, load: Load) -> tuple[Any, Any]:
+        """The scale, a float, and the zero-point, an integer, of one or more groups."""
+
+    def floats(self, builder: Any, row: Any, index: Any, zero: Any) -> list[Any]:
+        """Codes less a zero-point, of a step of columns: `LANES` neighbours each."""
 
 
 @dataclass(frozen=True)
-class PackedRow:
-    """LLVM values: addresses of one row's parts, and where its zero-points begin."""
+class CpuWeight:
+    """A weight as the CPU kernels take it."""
 
-    low: Any
-    high: Any
-    scales: Any
-    zeros: Any
-    zero_shift: Any
-    zeros_high: Any
-    zero_high_shift: Any
-    offsets: Any
-    entries: Any
+    rows: Rows
+    addresses: tuple[int, ...]
+    out_features: int
+    columns: int
+    """Columns that are stored: x has as many, zeros where the weight has none."""
+    groups: int
 
-
-ROW_TYPE = types.UniTuple(types.int64, len(fields(PackedRow)))
-
-
-def row_finder(bits: int) -> Any:
-    """Compile what finds a row by its number, for `PackedRow`.
-
-    It takes the kernel's arguments, the row, and the numbers of columns, groups and
-    rows of the weight.
-    """
-    width = PLANE_WIDTHS[bits][0]
-
-    @numba.njit(inline="always")
-    def row_at(a, row, columns, groups, rows):
-        return (
-            a[0] + row * (columns * width // 8),
-            a[1] + row * (columns // 8),
-            a[2] + row * groups * 2,
-            a[3] + (row * width >> 5) * groups * 4,
-            row * width & 31,
-            a[4] + (row >> 5) * groups * 4,
-            row & 31,
-            a[5] + row * 4,
-            a[5] + (rows + 1) * 4,
-        )
-
-    return row_at
-
-
-def unpack_row(builder: Any, values: Any) -> PackedRow:
-    """The row that an intrinsic was given."""
-    return PackedRow(*cgutils.unpack_tuple(builder, values))
-
-
-def load_grid(
-    builder: Any,
-    row: PackedRow,
-    bits: int,
-    dtype: torch.dtype,
-    load: Callable[[Any, Any], Any],
-) -> tuple[Any, Any]:
-    """The scale, as float, and the zero-point, as integer, of one or more groups.
-
-    `load` reads those groups' elements of a type from an array at an address.
-    """
-    scale = to_float(builder, load(row.scales, I16), dtype)
-    width = PLANE_WIDTHS[bits][0]
-    zero = _field(builder, load(row.zeros, I32), row.zero_shift, width)
-    if bits == 3:
-        high = _field(builder, load(row.zeros_high, I32), row.zero_high_shift, 1)
-        zero = builder.or_(zero, builder.shl(high, same(high.type, width)))
-    return scale, zero
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale."""
+        return self.columns // self.groups
 
 
 @contextmanager
 def each_outlier(
-    builder: Any, row: PackedRow, dtype: torch.dtype
+    builder: Any, row: Row, dtype: torch.dtype
 ) -> Iterator[tuple[Any, Any]]:
     """Loop over a row's kept weights: the column and the value, as float."""
     first, last = (
@@ -134,7 +132,7 @@ def each_outlier(
 
 
 def outlier_products(
-    builder: Any, row: PackedRow, x: Any, tokens: int, dtype: torch.dtype
+    builder: Any, row: Row, x: Any, tokens: int, dtype: torch.dtype
 ) -> Any:
     """A row's kept weights times x, float32 [in, tokens] at an address: a vector."""
     kind = ir.VectorType(F32, tokens)
@@ -144,11 +142,3 @@ def outlier_products(
         values = at(builder, x, column, kind)
         add_product(builder, slot, splat(builder, value, kind), values)
     return builder.load(slot)
-
-
-def _field(builder: Any, words: Any, shift: Any, width: int) -> Any:
-    """The bits of a row in words that hold several rows' zero-points."""
-    shift = builder.trunc(shift, I32)
-    if isinstance(words.type, ir.VectorType):
-        shift = splat(builder, shift, words.type)
-    return builder.and_(builder.lshr(words, shift), same(words.type, (1 << width) - 1))

@@ -1,10 +1,10 @@
 """The `tacq::` custom ops, one for each layout, and the choice of kernel behind them.
 
-| device | kernel of codes in planes |
+| device | kernel |
 | --- | --- |
 | x86 CPU, where numba is installed | `cpu_linear`: 8-bit activations, or exact |
-| NVIDIA GPU, where Triton is installed | `triton_linear` |
-| else | `reference`, in blocks of rows; for codes in clusters too |
+| NVIDIA GPU, where Triton is installed | `triton_linear`, or `triton_clusters` |
+| else | `reference`, in blocks of rows |
 """
 
 import functools
@@ -185,11 +185,11 @@ def _kernels(device_type: str, kind: type[StoredLinear]) -> Kernels[Any] | None:
         from tacq_vllm.kernels import cpu_linear
 
         if cpu_linear.available():
-            kernels = {PackedLinear: cpu_linear}
+            kernels = {PackedLinear: cpu_linear, ClusteredLinear: cpu_linear}
     if device_type == "cuda" and torch.version.cuda and _installed("triton"):
-        from tacq_vllm.kernels import triton_linear
+        from tacq_vllm.kernels import triton_clusters, triton_linear
 
-        kernels = {PackedLinear: triton_linear}
+        kernels = {PackedLinear: triton_linear, ClusteredLinear: triton_clusters}
     return kernels.get(kind)
 
 

@@ -119,6 +119,36 @@ def load_entries(
 
 
 @triton.jit
+def add_entries(
+    out_rows,
+    outliers_ptr,
+    block,
+    is_row,
+    out_features,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """Add the kept weights of a block of rows to dense rows that it has stored.
+
+    `out_rows` are where rows begin, `is_row` which of them exist; DTYPE is the type of
+    the kept values.
+    """
+    # What other threads have stored is read back.
+    tl.debug_barrier()
+    rows = block * ROWS + tl.arange(0, ROWS)
+    first, last = entries_of_rows(outliers_ptr, block, ROWS, out_features)
+    for start in range(first, last, ENTRIES):
+        columns, owned, kept = load_entries(
+            outliers_ptr, start, ENTRIES, rows, out_features, DTYPE
+        )
+        places = out_rows[:, None] + columns[None, :]
+        mask = owned & is_row[:, None]
+        weight = tl.load(places, mask=mask, other=0).to(tl.float32) + kept
+        tl.store(places, weight.to(out_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def load_weight(
     qweight_ptr,
     qweight_high_ptr,

@@ -3,11 +3,7 @@
 import triton
 import triton.language as tl
 
-from tacq_vllm.kernels.triton_codes import (
-    entries_of_rows,
-    load_entries,
-    load_weight,
-)
+from tacq_vllm.kernels.triton_codes import add_entries, load_weight
 
 
 @triton.jit
@@ -68,19 +64,13 @@ def dequantize_kernel(
             mask=is_row[:, None, None] & (columns < in_features),
         )
 
-    # What other threads have stored is read back.
-    tl.debug_barrier()
-    first, last = entries_of_rows(outliers_ptr, block, ROWS, out_features)
-    for start in range(first, last, ENTRIES):
-        columns, owned, kept = load_entries(
-            outliers_ptr,
-            start,
-            ENTRIES,
-            rows,
-            out_features,
-            scales_ptr.dtype.element_ty,
-        )
-        places = out_rows[:, None] + columns[None, :]
-        mask = owned & is_row[:, None]
-        weight = tl.load(places, mask=mask, other=0).to(tl.float32) + kept
-        tl.store(places, weight.to(out_ptr.dtype.element_ty), mask=mask)
+    add_entries(
+        out_rows,
+        outliers_ptr,
+        block,
+        is_row,
+        out_features,
+        scales_ptr.dtype.element_ty,
+        ROWS,
+        ENTRIES,
+    )

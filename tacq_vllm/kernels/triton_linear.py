@@ -9,22 +9,17 @@
 Nothing is added across programs by atomics: the same inputs give the same bits.
 """
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import linear as dense_linear
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS
+from tacq_vllm.kernels.triton_dense import dense_product
 from tacq_vllm.kernels.triton_dequantize import dequantize_kernel
 from tacq_vllm.kernels.triton_gemm import gemm_kernel
 from tacq_vllm.kernels.triton_gemv import gemv_kernel
-from tacq_vllm.kernels.triton_tuning import Tile, Tuning, tuning_for
-
-_WORKSPACE_WEIGHTS = 1 << 26
-"""Weights dequantized at a time: 128 MiB in 16 bits."""
+from tacq_vllm.kernels.triton_tuning import Tile, Tuning, gpu_class, tuning_for
 
 
 def supports(packed: PackedLinear, x_dtype: torch.dtype) -> bool:
@@ -42,7 +37,7 @@ def kernel_name(packed: PackedLinear, x_dtype: torch.dtype) -> str:
 def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     """Multiply x [..., in] with the weight: [..., out], in the type of x."""
     tokens = x.reshape(-1, packed.in_features).contiguous()
-    tuning = tuning_for(_gpu_class(x.device))
+    tuning = tuning_for(gpu_class(x.device))
     with torch.cuda.device_of(x):
         if tokens.shape[0] == 1:
             out = _gemv(tokens, packed, bias, tuning)
@@ -55,7 +50,7 @@ def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
 
 def warm_up(packed: PackedLinear, x_dtype: torch.dtype) -> None:
     """Compile the kernels for weights like these, so that no request waits for it."""
-    tuning = tuning_for(_gpu_class(packed.qweight.device))
+    tuning = tuning_for(gpu_class(packed.qweight.device))
     tiles = (tile.tokens for tile in tuning.gemm)
     for tokens in (1, *tiles, tuning.gemm_tokens + 1):
         x = packed.qweight.new_zeros(tokens, packed.in_features, dtype=x_dtype)
@@ -139,18 +134,12 @@ def _gemm(
 def _dense(
     x: Tensor, packed: PackedLinear, bias: Tensor | None, tuning: Tuning
 ) -> Tensor:
-    tile = tuning.dequantize
-    size, width = packed.out_features, packed.in_features
-    step = max(1, _WORKSPACE_WEIGHTS // (width * tile.rows)) * tile.rows
-    if size <= step:
-        return dense_linear(x, _dequantize(packed, x.dtype, 0, size, tuning), bias)
-    out = x.new_empty(x.shape[0], size)
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        weight = _dequantize(packed, x.dtype, start, stop, tuning)
-        rows_bias = None if bias is None else bias[start:stop]
-        out[:, start:stop] = dense_linear(x, weight, rows_bias)
-    return out
+    def dequantize(start: int, stop: int) -> Tensor:
+        return _dequantize(packed, x.dtype, start, stop, tuning)
+
+    return dense_product(
+        x, bias, packed.out_features, tuning.dequantize.rows, dequantize
+    )
 
 
 def _dequantize(
@@ -198,12 +187,3 @@ def _group_words(packed: PackedLinear) -> int:
     """Words of the low plane that share a scale."""
     groups = packed.scales.shape[1]
     return packed.qweight.shape[1] // groups
-
-
-@functools.cache
-def _gpu_class(device: torch.device) -> str:
-    """The architecture that tuning tables are named by, such as `sm90`."""
-    if device.type != "cuda":
-        return "none"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"

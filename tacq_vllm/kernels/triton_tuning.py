@@ -5,7 +5,10 @@ table was measured yet: the only one holds what arithmetic and the compiled code
 for data-center GPUs of compute capability 8.0 and later.
 """
 
+import functools
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Tuning:
     gemm: tuple[GemmTile, ...]
     """By tokens, ascending."""
     dequantize: Tile
+    clusters_gemv: Tile
+    clusters_dequantize: Tile
     gemm_tokens: int
     """Tokens up to which dequantizing into a workspace does not pay."""
     programs: int
@@ -56,6 +61,8 @@ _UNMEASURED = Tuning(
         GemmTile(rows=128, columns=128, warps=8, stages=3, tokens=128),
     ),
     dequantize=Tile(rows=4, columns=1024, warps=4, stages=2),
+    clusters_gemv=Tile(rows=16, columns=1536, warps=4, stages=2),
+    clusters_dequantize=Tile(rows=4, columns=768, warps=4, stages=2),
     gemm_tokens=128,
     programs=256,
 )
@@ -66,3 +73,12 @@ _TABLES: dict[str, Tuning] = {}
 def tuning_for(gpu_class: str) -> Tuning:
     """The table of a class of GPU, such as `sm90`."""
     return _TABLES.get(gpu_class, _UNMEASURED)
+
+
+@functools.cache
+def gpu_class(device: torch.device) -> str:
+    """The architecture that tuning tables are named by, such as `sm90`."""
+    if device.type != "cuda":
+        return "none"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"

@@ -11,41 +11,56 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tacq_vllm.kernels.triton_cluster_codes import HALF
+from tacq_vllm.kernels.triton_cluster_dequantize import cluster_dequantize_kernel
+from tacq_vllm.kernels.triton_cluster_gemv import cluster_gemv_kernel
+from tacq_vllm.kernels.triton_clusters import MAX_GEMV_TOKENS
 from tacq_vllm.kernels.triton_dequantize import dequantize_kernel
 from tacq_vllm.kernels.triton_gemm import gemm_kernel
 from tacq_vllm.kernels.triton_gemv import gemv_kernel
-from tacq_vllm.kernels.triton_tuning import Tile, tuning_for
+from tacq_vllm.kernels.triton_tuning import Tile, Tuning, tuning_for
 
 WORDS = "*i32"
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Shared memory that a program may have, by compute capability."""
 
 
-def kernels(capability: int, x: str) -> Iterator[tuple[Any, Tile, dict[str, Any]]]:
-    """Kernels, their tiles, and what is constant in them."""
-    tuning = tuning_for(f"sm{capability}")
-    yield gemv_kernel, tuning.gemv, {"EXACT": x == "*fp32", "HAS_BIAS": True}
+def plane_kernels(
+    tuning: Tuning, bits: int, x: str
+) -> Iterator[tuple[Any, Tile, dict[str, Any]]]:
+    """Kernels of planes, groups of 64: their tiles, and what is constant in them."""
+    per_word = 8 if bits == 4 else 16
+    shared = {"GROUP_WORDS": 64 // per_word, "BITS": bits}
+    if bits != 3:
+        shared |= {"qweight_high_ptr": None, "qzeros_high_ptr": None}
+
+    def constants(tile: Tile, **own: Any) -> dict[str, Any]:
+        return shared | {"WORDS": tile.columns // per_word} | own
+
+    sizes = constants(tuning.gemv, EXACT=x == "*fp32", HAS_BIAS=True)
+    yield gemv_kernel, tuning.gemv, sizes
+    precision = "ieee" if x == "*fp32" else "tf32"
     for tile in tuning.gemm:
-        precision = "ieee" if x == "*fp32" else "tf32"
-        sizes = {"TOKENS": tile.tokens, "PRECISION": precision, "HAS_BIAS": True}
+        sizes = constants(tile, TOKENS=tile.tokens, PRECISION=precision, HAS_BIAS=True)
         yield gemm_kernel, tile, sizes
-    yield dequantize_kernel, tuning.dequantize, {}
+    yield dequantize_kernel, tuning.dequantize, constants(tuning.dequantize)
+
+
+def cluster_kernels(tuning: Tuning) -> Iterator[tuple[Any, Tile, dict[str, Any]]]:
+    """The same of the kernels of clusters."""
+    tile = tuning.clusters_gemv
+    for tokens in (1, MAX_GEMV_TOKENS):
+        sizes = {"HALVES": tile.columns // HALF, "TOKENS": tokens, "HAS_BIAS": True}
+        yield cluster_gemv_kernel, tile, sizes
+    tile = tuning.clusters_dequantize
+    yield cluster_dequantize_kernel, tile, {"HALVES": tile.columns // HALF}
 
 
 def compile_kernel(
-    kernel: Any, tile: Tile, constants: dict[str, Any], bits: int, x: str, target: Any
+    kernel: Any, tile: Tile, constants: dict[str, Any], x: str, target: Any
 ) -> None:
-    """Compile one kernel for groups of 64 columns."""
-    per_word = 8 if bits == 4 else 16
-    constants = constants | {
-        "GROUP_WORDS": 64 // per_word,
-        "BITS": bits,
-        "ROWS": tile.rows,
-        "WORDS": tile.columns // per_word,
-        "ENTRIES": tile.entries,
-    }
-    if bits != 3:
-        constants |= {"qweight_high_ptr": None, "qzeros_high_ptr": None}
+    """Compile one kernel for x of a type."""
+    constants = constants | {"ROWS": tile.rows, "ENTRIES": tile.entries}
     pointers = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), x)
     pointers |= {"scales_ptr": "*bf16"}
     signature = {}
@@ -62,16 +77,19 @@ def compile_kernel(
     assert compiled.metadata.shared <= SHARED_BYTES[target.arch], (
         f"{kernel.__name__} {tile}: {compiled.metadata.shared} bytes shared"
     )
+    print(kernel.__name__, x, constants, flush=True)
 
 
 def main() -> None:
     """Compile for the compute capability that is the argument."""
     capability = int(sys.argv[1])
-    target = GPUTarget("cuda", capability, 32)
+    target, tuning = GPUTarget("cuda", capability, 32), tuning_for(f"sm{capability}")
     for bits, x in ((2, "*bf16"), (3, "*bf16"), (4, "*fp16")):
-        for kernel, tile, constants in kernels(capability, x):
-            compile_kernel(kernel, tile, constants, bits, x, target)
-            print(kernel.__name__, bits, x, tile, flush=True)
+        for kernel, tile, constants in plane_kernels(tuning, bits, x):
+            compile_kernel(kernel, tile, constants, x, target)
+    for x in ("*bf16", "*fp32"):
+        for kernel, tile, constants in cluster_kernels(tuning):
+            compile_kernel(kernel, tile, constants, x, target)
 
 
 if __name__ == "__main__":

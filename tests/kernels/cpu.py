@@ -3,13 +3,13 @@
 import importlib.util
 import platform
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tacq_vllm.format.linear import PackedLinear
-
-Linear = Callable[[Tensor, PackedLinear, Tensor | None], Tensor]
+Linear = Callable[[Tensor, Any, Tensor | None], Tensor]
+"""Multiplies with a weight of any layout."""
 
 
 def find_obstacle() -> str | None:
@@ -24,7 +24,7 @@ def find_obstacle() -> str | None:
 OBSTACLE = find_obstacle()
 
 
-def assert_bits_are_fixed(linear: Linear, x: Tensor, packed: PackedLinear) -> None:
+def assert_bits_are_fixed(linear: Linear, x: Tensor, packed: Any) -> None:
     """Neither the number of threads nor another run changes a bit."""
     results = []
 
@@ -35,9 +35,16 @@ def assert_bits_are_fixed(linear: Linear, x: Tensor, packed: PackedLinear) -> No
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def assert_tokens_are_apart(linear: Linear, x: Tensor, packed: PackedLinear) -> None:
+def assert_tokens_are_apart(linear: Linear, x: Tensor, packed: Any) -> None:
     """A token's output is the same alone as among the others: x is [tokens, in]."""
     together = linear(x, packed, None)
 
     alone = torch.cat([linear(row, packed, None) for row in x.split(1)])
     assert torch.equal(together, alone)
+
+
+def relative_error(out: Tensor, x: Tensor, dense: Tensor) -> float:
+    """Error of x times a dense weight, against its size without cancellation."""
+    expected = x.double() @ dense.T
+    size = (x.double().square() @ dense.square().T).sum().sqrt()
+    return float((out.double() - expected).norm() / size.clamp(min=1e-30))

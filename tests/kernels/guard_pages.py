@@ -10,14 +10,17 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
 from tests.builders import random_input, random_linear
+from tests.clusters import random_clustered
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -26,6 +29,7 @@ KEPT: list[mmap.mmap] = []
 
 SHAPES = ((1, 32, -1), (33, 96, 32), (70, 160, 16), (64, 256, -1))
 TOKENS = (1, 3, 20)
+CLUSTER_SHAPES = ((1, 96, -1), (33, 192, 96), (17, 100, -1), (40, 480, -1))
 BITS = {"exact": (2, 3, 4), "int8": (3,)}
 """The kernels for int8 take long to compile; 3 bits have all the tensors."""
 
@@ -52,24 +56,33 @@ def guarded_copy(tensor: Tensor, before: bool) -> Tensor:
     return guarded(tensor.shape, tensor.dtype, before).copy_(tensor)
 
 
+def linears(way: str) -> Iterator[PackedLinear | ClusteredLinear]:
+    """Weights of every kind."""
+    for bits in BITS[way]:
+        for seed, shape in enumerate(SHAPES):
+            packed, _ = random_linear(bits, *shape, 0.1, torch.bfloat16, seed)
+            yield packed
+    for seed, shape in enumerate(CLUSTER_SHAPES):
+        linear, _ = random_clustered(*shape, 0.1, torch.bfloat16, seed)
+        yield linear
+
+
 def main() -> None:
     """Multiply weights of every kind; what is wrong ends the program."""
     (way,) = sys.argv[1:]
     os.environ["TACQ_CPU_ACTIVATIONS"] = way
-    for bits in BITS[way]:
-        for seed, (rows, columns, group) in enumerate(SHAPES):
-            plain, _ = random_linear(
-                bits, rows, columns, group, 0.1, torch.bfloat16, seed
-            )
-            for before in (False, True):
-                for tokens in TOKENS:
-                    x_dtype = torch.float32 if way == "exact" else torch.bfloat16
-                    x = random_input(tokens, columns, dtype=x_dtype)
-                    multiply_guarded(x, plain, before)
-                    print(bits, rows, columns, group, tokens, before, flush=True)
+    x_dtype = torch.float32 if way == "exact" else torch.bfloat16
+    for plain in linears(way):
+        for before in (False, True):
+            for tokens in TOKENS:
+                x = random_input(tokens, plain.in_features, dtype=x_dtype)
+                multiply_guarded(x, plain, before)
+                print(plain.out_features, plain.in_features, tokens, before, flush=True)
 
 
-def multiply_guarded(x: Tensor, plain: PackedLinear, before: bool) -> None:
+def multiply_guarded(
+    x: Tensor, plain: PackedLinear | ClusteredLinear, before: bool
+) -> None:
     """Multiply with every tensor guarded, those that the kernel makes too."""
     from tacq_vllm.kernels.cpu_linear import multiply, supports
 
@@ -78,7 +91,7 @@ def multiply_guarded(x: Tensor, plain: PackedLinear, before: bool) -> None:
     tensors = {
         name: guarded_copy(tensor, before) for name, tensor in plain.tensors().items()
     }
-    packed = PackedLinear.from_tensors(tensors, plain.bits, plain.in_features)
+    packed = replace(plain, **tensors)
     x, real = guarded_copy(x, before), torch.empty
 
     def empty(*sizes: Any, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,17 +5,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.builders import assert_is_product, random_input, random_linear
-from tests.kernels.cpu import OBSTACLE, assert_bits_are_fixed, assert_tokens_are_apart
+from tests.kernels.cpu import (
+    OBSTACLE,
+    assert_bits_are_fixed,
+    assert_tokens_are_apart,
+    relative_error,
+)
 
 if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
 from tacq_vllm.kernels import cpu_int8
 from tacq_vllm.kernels import cpu_linear as kernel
-from tacq_vllm.kernels.cpu_chunks import supports_groups
 from tacq_vllm.kernels.cpu_dots import best_dot
-from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear
+from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear, int8_supports
 from tacq_vllm.kernels.cpu_linear import multiply
+from tacq_vllm.kernels.cpu_planes import planes_weight
 
 BITS = [2, 3, 4]
 BEST = best_dot()
@@ -35,12 +40,6 @@ def bytes_input(tokens: int, columns: int) -> Tensor:
 def assert_is_close(a: Tensor, b: Tensor) -> None:
     """Equal but for the last bit of 16-bit numbers."""
     torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-3)
-
-
-def relative_error(out: Tensor, x: Tensor, dense: Tensor) -> float:
-    expected = x.double() @ dense.T
-    size = (x.double().square() @ dense.square().T).sum().sqrt()
-    return float((out.double() - expected).norm() / size)
 
 
 @given(
@@ -90,6 +89,7 @@ def test_any_shape(
         *((dot, 21, 1600, 64) for dot in DOTS),
         (BEST, 130, 1536, -1),
         (BEST, 8, 4096, 128),
+        (BEST, 6, 1536, 768),
         (BEST, 5, 96, -1),
     ],
 )
@@ -108,7 +108,7 @@ def test_what_8_bits_hold_is_multiplied_exactly(
     x = bytes_input(tokens, in_features)
 
     # The product before it is rounded to the type of x.
-    out = int8_linear(x.float(), packed)
+    out = int8_linear(x.float(), planes_weight(packed))
 
     assert_is_product(out, x.float(), dense)
 
@@ -127,7 +127,7 @@ def test_the_largest_codes_and_bytes_do_not_overflow(
     x = torch.full((2, 4096), 127.0)
     x[1] = -127.0
 
-    out = int8_linear(x, packed)
+    out = int8_linear(x, planes_weight(packed))
 
     expected = 127.0 * 4096 * (2**bits - 1) * packed.scales[:, 0].float()
     torch.testing.assert_close(out[0], expected)
@@ -188,8 +188,8 @@ def test_float32_is_exact() -> None:
 
 
 def test_groups_across_chunks_are_exact() -> None:
-    assert not supports_groups(48, 96)
     packed, dense = random_linear(2, 20, 96, 48, 0.02, torch.bfloat16, 9)
+    assert not int8_supports(planes_weight(packed))
     x = random_input(3, 96, dtype=torch.bfloat16)
 
     assert_is_product(multiply(x, packed, None), x, dense)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tacq_vllm.format.linear import PackedLinear, slice_columns, slice_rows
+from tacq_vllm.kernels import triton_dense
 from tacq_vllm.kernels.reference import dequantize
 from tests.builders import assert_is_product, random_input, random_linear
 from tests.interpreter import DEVICE, interpreted
@@ -164,7 +165,7 @@ def test_a_weight_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> 
     x, bias = random_input(200, 64), random_input(70)
     whole = multiply(x, packed, bias)
 
-    monkeypatch.setattr(kernel, "_WORKSPACE_WEIGHTS", 64 * 12)
+    monkeypatch.setattr(triton_dense, "_WORKSPACE_WEIGHTS", 64 * 12)
 
     out = multiply(x, packed, bias)
     assert_is_product(out, x, dense, bias)

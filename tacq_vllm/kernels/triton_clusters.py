@@ -1,0 +1,114 @@
+"""The linear of clusters on an NVIDIA GPU, in Triton.
+
+| tokens | way |
+| --- | --- |
+| up to 8 | `triton_cluster_gemv`: one launch |
+| more | `triton_cluster_dequantize` into a workspace, then PyTorch's product |
+
+Nothing is added across programs by atomics: the same inputs give the same bits.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from tacq_vllm.format.clustered import ClusteredLinear
+from tacq_vllm.format.clusters import BLOCK_WORDS
+from tacq_vllm.kernels.triton_cluster_codes import HALF, code_table
+from tacq_vllm.kernels.triton_cluster_dequantize import cluster_dequantize_kernel
+from tacq_vllm.kernels.triton_cluster_gemv import cluster_gemv_kernel
+from tacq_vllm.kernels.triton_dense import dense_product
+from tacq_vllm.kernels.triton_tuning import Tuning, gpu_class, tuning_for
+
+MAX_GEMV_TOKENS = 8
+
+
+def supports(linear: ClusteredLinear, x_dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply weights like these with x of a type."""
+    return x_dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
+        tensor.is_contiguous() for tensor in linear.tensors().values()
+    )
+
+
+def kernel_name(linear: ClusteredLinear, x_dtype: torch.dtype) -> str:
+    """All of them do it, by the number of tokens."""
+    return "triton"
+
+
+def multiply(x: Tensor, linear: ClusteredLinear, bias: Tensor | None) -> Tensor:
+    """Multiply x [..., in] with the weight: [..., out], in the type of x."""
+    tokens = x.reshape(-1, linear.in_features).contiguous()
+    tuning = tuning_for(gpu_class(x.device))
+    with torch.cuda.device_of(x):
+        if tokens.shape[0] <= MAX_GEMV_TOKENS:
+            out = _gemv(tokens, linear, bias, tuning)
+        else:
+            out = _dense(tokens, linear, bias, tuning)
+    return out.view(*x.shape[:-1], linear.out_features)
+
+
+def warm_up(linear: ClusteredLinear, x_dtype: torch.dtype) -> None:
+    """Compile the kernels for weights like these, so that no request waits for it."""
+    for tokens in (1, 2, 4, MAX_GEMV_TOKENS, MAX_GEMV_TOKENS + 1):
+        x = linear.qweight.new_zeros(tokens, linear.in_features, dtype=x_dtype)
+        multiply(x, linear, None)
+
+
+def _gemv(
+    x: Tensor, linear: ClusteredLinear, bias: Tensor | None, tuning: Tuning
+) -> Tensor:
+    tile, tokens = tuning.clusters_gemv, x.shape[0]
+    out = x.new_empty(tokens, linear.out_features)
+    cluster_gemv_kernel[triton.cdiv(linear.out_features, tile.rows),](
+        x,
+        *_tensors(linear),
+        bias,
+        out,
+        tokens,
+        *_sizes(linear),
+        HAS_BIAS=bias is not None,
+        ROWS=tile.rows,
+        TOKENS=triton.next_power_of_2(tokens),
+        HALVES=tile.columns // HALF,
+        ENTRIES=tile.entries,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+def _dense(
+    x: Tensor, linear: ClusteredLinear, bias: Tensor | None, tuning: Tuning
+) -> Tensor:
+    tile = tuning.clusters_dequantize
+
+    def dequantize(start: int, stop: int) -> Tensor:
+        out = x.new_empty(stop - start, linear.in_features)
+        cluster_dequantize_kernel[triton.cdiv(stop - start, tile.rows),](
+            *_tensors(linear),
+            out,
+            start,
+            stop,
+            *_sizes(linear),
+            ROWS=tile.rows,
+            HALVES=tile.columns // HALF,
+            ENTRIES=tile.entries,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return out
+
+    return dense_product(x, bias, linear.out_features, tile.rows, dequantize)
+
+
+def _tensors(linear: ClusteredLinear) -> tuple[Tensor, ...]:
+    """The stored tensors, and the table of codes."""
+    table = code_table(linear.qweight.device)
+    return linear.qweight, linear.scales, linear.outliers, table
+
+
+def _sizes(linear: ClusteredLinear) -> tuple[int, ...]:
+    """Rows, columns, words of a row, its groups, and half blocks of a group."""
+    words, groups = linear.qweight.shape[1], linear.scales.shape[1]
+    halves = words // BLOCK_WORDS * 2
+    return linear.out_features, linear.in_features, words, groups, halves // groups
