@@ -16,13 +16,16 @@ from tacq_vllm.quantize.gptq import inverse_factor
 from tacq_vllm.quantize.refit import refit_scales
 from tacq_vllm.quantize.result import ClusterResult
 
-_LOW, _HIGH = (
-    # By index and place: the end of the codes' range; of a zeroed weight it is zero.
-    torch.full((CLUSTER + 1, CLUSTER), float(wide))
-    .index_fill(0, torch.tensor(0), float(narrow))
-    .masked_fill(torch.eye(CLUSTER + 1, CLUSTER).roll(1, 0).bool(), 0.0)
-    for narrow, wide in zip(NARROW, WIDE, strict=True)
-)
+
+def _ends(narrow: int, wide: int) -> Tensor:
+    """One end of the codes' range by index and place: float32 [4, 3]."""
+    rows = [[narrow] * CLUSTER]
+    for zeroed in range(CLUSTER):
+        rows.append([0 if place == zeroed else wide for place in range(CLUSTER)])
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+_LOW, _HIGH = (_ends(*ends) for ends in zip(NARROW, WIDE, strict=True))
 
 
 def compensate_clusters(
