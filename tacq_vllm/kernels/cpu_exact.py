@@ -65,14 +65,14 @@ def compile_linear(stored: Rows, tokens: int, team: Team) -> Any:
         thread of a team; a row belongs to one thread.
     """
     row_at, share = stored.finder(), sharer(team)
-    own = len(ARGUMENTS)
-    size_of_a = own + stored.addresses
+    head = len(ARGUMENTS)
+    arguments = head + stored.addresses
     row_dot = _row_dot(stored, tokens)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
-        a = numba.carray(pointer, size_of_a, numba.int64)
-        weight = a[own:]
+        a = numba.carray(pointer, arguments, numba.int64)
+        weight = a[head:]
         x, out, rows, columns, groups, steps = a[0], a[1], a[2], a[3], a[4], a[5]
         start, stop = share(a[6], a[7])
         for row in range(start, stop):
@@ -86,14 +86,14 @@ def compile_linear(stored: Rows, tokens: int, team: Team) -> Any:
 def compile_dequantize(stored: Rows, team: Team) -> Any:
     """Compile out[r - first_row] = W[r] in float32; otherwise as `compile_linear`."""
     row_at, share = stored.finder(), sharer(team)
-    own = len(ARGUMENTS)
-    size_of_a = own + stored.addresses
+    head = len(ARGUMENTS)
+    arguments = head + stored.addresses
     row_values = _row_values(stored)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
-        a = numba.carray(pointer, size_of_a, numba.int64)
-        weight = a[own:]
+        a = numba.carray(pointer, arguments, numba.int64)
+        weight = a[head:]
         out, rows, columns, groups, steps = a[1], a[2], a[3], a[4], a[5]
         first = a[6]
         start, stop = share(first, a[7])

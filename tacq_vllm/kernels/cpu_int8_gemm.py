@@ -82,15 +82,15 @@ def compile_gemm(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
     row_bytes = part_chunks * _entry_bytes(reader)
     reserve_weights = reserver(_ROWS * row_bytes)
     reserve_sums = reserver(_ROWS * _SUMS_BYTES)
-    own = len(ARGUMENTS)
-    size_of_a = own + reader.rows.addresses
+    head = len(ARGUMENTS)
+    arguments = head + reader.rows.addresses
     unpack, multiply = _unpack(reader, dot), _multiply(reader, dot)
     finish = _finish(reader, rounding)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
-        a = numba.carray(pointer, size_of_a, numba.int64)
-        weight = a[own:]
+        a = numba.carray(pointer, arguments, numba.int64)
+        weight = a[head:]
         round_tokens(a)
         x, codes, scales, out = a[1], a[2], a[3], a[5]
         tokens, columns, chunks, groups, rows = a[6], a[7], a[8], a[9], a[10]

@@ -58,15 +58,15 @@ def compile_gemv(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
     size, width, part = tokens * LANES * 4, reader.columns, _CHUNKS // tokens
     out_size = rounding.dtype.itemsize
     reserve = reserver(_ROWS * size)
-    own = len(ARGUMENTS)
-    size_of_a = own + reader.rows.addresses
+    head = len(ARGUMENTS)
+    arguments = head + reader.rows.addresses
     add_chunks = _add_chunks(reader, tokens, dot)
     finish = _finish(reader, rounding, dot)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
-        a = numba.carray(pointer, size_of_a, numba.int64)
-        weight = a[own:]
+        a = numba.carray(pointer, arguments, numba.int64)
+        weight = a[head:]
         round_tokens(a)
         x, out, columns, groups, rows = a[1], a[5], a[7], a[9], a[10]
         whole = columns // width
