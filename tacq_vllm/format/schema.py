@@ -79,7 +79,7 @@ class QuantizationSchema(BaseModel):
         description="[out_features, in_features] of every quantized linear, by name.",
     )
     circuits: dict[str, dict[str, int]] = Field(
-        description="Kept weights per linear; version 1 knows the table `default`."
+        description="Kept weights per linear; the only table is `default`."
     )
     tensor_parallel_sizes: tuple[PositiveInt, ...] | None = Field(
         None, description="Numbers of ranks that the linears can be cut for, if known."
@@ -99,7 +99,7 @@ class QuantizationSchema(BaseModel):
             raise ValueError(f"bits {self.bits}: clusters have 2")
         check_group_size(self.group_size, self.layout)
         if set(self.circuits) != {DEFAULT_CIRCUIT}:
-            raise ValueError("circuits: version 1 has exactly one table, `default`")
+            raise ValueError("circuits: there is exactly one table, `default`")
         if self.circuits[DEFAULT_CIRCUIT].keys() != self.linears.keys():
             raise ValueError("circuits and linears name different modules")
         for name, (out_features, in_features) in self.linears.items():

@@ -102,9 +102,9 @@ def header_faults(
                 )
     for name in reader:
         linear, _, suffix = name.rpartition(".")
-        if linear in schema.linears and suffix != "bias":
-            if suffix in linear_specs(schema, linear):
-                continue
+        if linear not in schema.linears:
+            continue
+        if suffix not in {*linear_specs(schema, linear), "bias"}:
             kind = "clustered" if schema.layout == "clusters" else f"{schema.bits}-bit"
             yield (
                 f"{reader[name].file_name}: {name}: a {kind} linear has no such tensor"

@@ -16,13 +16,16 @@ from tacq_vllm.quantize.gptq import inverse_factor
 from tacq_vllm.quantize.refit import refit_scales
 from tacq_vllm.quantize.result import ClusterResult
 
-_LOW, _HIGH = (
-    # By index and place: the end of the codes' range; of a zeroed weight it is zero.
-    torch.full((CLUSTER + 1, CLUSTER), float(wide))
-    .index_fill(0, torch.tensor(0), float(narrow))
-    .masked_fill(torch.eye(CLUSTER + 1, CLUSTER).roll(1, 0).bool(), 0.0)
-    for narrow, wide in zip(NARROW, WIDE, strict=True)
-)
+
+def _ends(narrow: int, wide: int) -> Tensor:
+    """One end of the codes' range by index and place: float32 [4, 3]."""
+    rows = [[narrow] * CLUSTER]
+    for zeroed in range(CLUSTER):
+        rows.append([0 if place == zeroed else wide for place in range(CLUSTER)])
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+_LOW, _HIGH = (_ends(*ends) for ends in zip(NARROW, WIDE, strict=True))
 
 
 def compensate_clusters(
@@ -45,7 +48,7 @@ def compensate_clusters(
         dtype: the 16-bit type of scales and kept weights.
         keep_original: keep a weight as it is in W, not as compensation has moved it.
         config: damping, block size, order and search of scales. Scales are always
-            fitted before.
+            fitted before, each column's error weighed by the Hessian's diagonal.
 
     Raises:
         QuantizeError: the Hessian stays singular at the largest damping, or a scale or
@@ -54,10 +57,17 @@ def compensate_clusters(
     out_features, in_features = W.shape
     if kept is None:
         kept = torch.zeros_like(W, dtype=torch.bool)
-    scales = fit_scales(W.masked_fill(kept, 0.0), group_size, dtype, config)
-    size = in_features // scales.shape[1]
     order = _pair_order(H, config.activation_order)
     U, damp_percent = inverse_factor(H[order][:, order], config.damp_percent)
+    diagonal = H.diagonal()
+    scales = fit_scales(
+        W.masked_fill(kept, 0.0),
+        diagonal + damp_percent * diagonal.mean(),
+        group_size,
+        dtype,
+        config,
+    )
+    size = in_features // scales.shape[1]
 
     columns = order.tolist()
     low, high = _LOW.to(W.device), _HIGH.to(W.device)

@@ -28,7 +28,8 @@ def test_every_combination_once() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_recipes_is_one(method: str) -> None:
-    (cell,) = matrix(methods=[method]).cells()
+    grid = {"bits": [2], "group_sizes": [-1]} if method == "fineq" else {}
+    (cell,) = matrix(methods=[method], **grid).cells()
 
     assert cell.recipe(Recipe()).method == method
 
@@ -51,6 +52,16 @@ def test_a_cell_changes_its_fields_of_the_recipe() -> None:
     assert recipe.calibration.seed == 3
     assert not recipe.gptq.refit_scales
     assert recipe.outliers.ratio == 0.01
+
+
+def test_a_cell_of_clusters() -> None:
+    options = "fineq.rounding=gptq fineq.keep_outliers=true"
+    fields = {"method": "fineq", "group_size": -1, "options": options}
+
+    recipe = CELL.model_copy(update=fields).recipe(Recipe())
+
+    assert (recipe.method, recipe.fineq.rounding) == ("fineq", "gptq")
+    assert recipe.fineq.keep_outliers
 
 
 def test_an_unknown_method() -> None:
