@@ -44,7 +44,7 @@ def round_to_clusters(
         QuantizeError: a scale or a kept weight does not fit the 16-bit type.
     """
     coded = W if kept is None else W.masked_fill(kept, 0.0)
-    scales = fit_scales(coded, group_size, dtype, config)
+    scales = fit_scales(coded, None, group_size, dtype, config)
     size = W.shape[1] // scales.shape[1]
     spread = scales.repeat_interleave(size, dim=1)
     rows = max(1, _CHUNK_WEIGHTS // W.shape[1])
@@ -61,23 +61,36 @@ def round_to_clusters(
 
 
 def fit_scales(
-    W: Tensor, group_size: int, dtype: torch.dtype, config: GptqConfig
+    W: Tensor,
+    weights: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+    config: GptqConfig,
 ) -> Tensor:
     """The scale of each row, or group of its columns, that leaves the least error.
 
     Args:
         W: float32 [out, in]; zero where a weight is kept.
+        weights: float32 [in], of the columns' errors; None: all count the same.
         group_size: columns that share a scale, a multiple of 6, or -1.
         dtype: the 16-bit type that scales are stored in.
         config: number of steps, smallest shrink factor, norm of the error.
 
     Returns:
         float32 [out, groups], representable in `dtype`, of either sign, never zero.
+
+    Raises:
+        QuantizeError: as `search_scales`.
     """
-    groups = W.reshape(-1, W.shape[1] if group_size == -1 else group_size)
-    rows = max(1, _CHUNK_WEIGHTS // groups.shape[1])
-    found = [search_scales(chunk, dtype, config) for chunk in groups.split(rows)]
-    return torch.cat(found).view(W.shape[0], -1)
+    size = W.shape[1] if group_size == -1 else group_size
+    rows = max(1, _CHUNK_WEIGHTS // size)
+    found = []
+    for first in range(0, W.shape[1], size):
+        own = None if weights is None else weights[first : first + size]
+        chunks = W[:, first : first + size].split(rows)
+        scales = [search_scales(chunk, own, dtype, config) for chunk in chunks]
+        found.append(torch.cat(scales))
+    return torch.stack(found, 1)
 
 
 def round_on_scales(units: Tensor, norm: float) -> Clusters:
@@ -88,7 +101,7 @@ def round_on_scales(units: Tensor, norm: float) -> Clusters:
         norm: exponent of the error.
     """
     grouped = _pairs(units)
-    indices = _index_errors(grouped, norm).argmin(-1)
+    indices = _index_errors(grouped, None, norm).argmin(-1)
     is_narrow = (indices == 0)[..., None, None]
     places = torch.arange(1, CLUSTER + 1, device=units.device)
     nearest = grouped.round()
@@ -98,7 +111,9 @@ def round_on_scales(units: Tensor, norm: float) -> Clusters:
     return Clusters(codes.to(torch.int8), indices.to(torch.uint8))
 
 
-def search_scales(W: Tensor, dtype: torch.dtype, config: GptqConfig) -> Tensor:
+def search_scales(
+    W: Tensor, weights: Tensor | None, dtype: torch.dtype, config: GptqConfig
+) -> Tensor:
     """The scale of each row that leaves the least error.
 
     From the largest weight at code 1 the scales fall geometrically to the one that puts
@@ -107,6 +122,7 @@ def search_scales(W: Tensor, dtype: torch.dtype, config: GptqConfig) -> Tensor:
 
     Args:
         W: float32 [rows, n].
+        weights: float32 [n], of the columns' errors; None: all count the same.
         dtype: the 16-bit type that scales are stored in.
         config: number of steps, smallest shrink factor, norm of the error.
 
@@ -119,6 +135,7 @@ def search_scales(W: Tensor, dtype: torch.dtype, config: GptqConfig) -> Tensor:
     largest = W.abs().amax(1)
     smallest_factor = (1 - config.grid_max_shrink) / -WIDE[0]
     grouped = _pairs(W)
+    spread = None if weights is None else _pairs(weights.unsqueeze(0))
     best_error = torch.full_like(largest, torch.inf)
     best_step = torch.zeros_like(largest)
     best = torch.ones_like(largest)
@@ -131,7 +148,7 @@ def search_scales(W: Tensor, dtype: torch.dtype, config: GptqConfig) -> Tensor:
         # A row of zeros, or one that the 16-bit type cannot scale, has only code 0.
         scales = torch.where(scales.abs() > 0, scales, 1.0)
         units = grouped / scales[:, None, None, None]
-        errors = _index_errors(units, config.grid_norm).amin(-1).sum(1)
+        errors = _index_errors(units, spread, config.grid_norm).amin(-1).sum(1)
         errors *= scales.abs() ** config.grid_norm
         better = errors < best_error
         best_error = torch.where(better, errors, best_error)
@@ -181,20 +198,26 @@ def _pairs(W: Tensor) -> Tensor:
     return pad(W, (0, -W.shape[1] % PAIR)).view(W.shape[0], -1, 2, CLUSTER)
 
 
-def _index_errors(units: Tensor, norm: float) -> Tensor:
+def _index_errors(units: Tensor, weights: Tensor | None, norm: float) -> Tensor:
     """Error of each pair under each index.
 
     Args:
         units: weights over their scale, float32 [rows, pairs, 2, 3].
+        weights: float32 [1, pairs, 2, 3], of the errors; None: all count the same.
         norm: exponent of the error.
 
     Returns:
         float32 [rows, pairs, 4].
     """
+
+    def errors(difference: Tensor) -> Tensor:
+        raised = difference.abs_().pow_(norm)
+        return raised if weights is None else raised.mul_(weights)
+
     nearest = units.round()
-    narrow = (nearest.clamp(*NARROW) - units).abs_().pow_(norm).sum((2, 3))
-    wide = (nearest.clamp_(*WIDE) - units).abs_().pow_(norm).sum(2)
-    zeroed = units.abs().pow_(norm).sum(2)
+    narrow = errors(nearest.clamp(*NARROW) - units).sum((2, 3))
+    wide = errors(nearest.clamp_(*WIDE) - units).sum(2)
+    zeroed = errors(units.clone()).sum(2)
     # By the zeroed place: all wide but that one.
     protected = wide.sum(-1, keepdim=True) + (zeroed - wide)
     return torch.cat([narrow.unsqueeze(-1), protected], dim=-1)

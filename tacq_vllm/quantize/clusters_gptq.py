@@ -48,7 +48,7 @@ def compensate_clusters(
         dtype: the 16-bit type of scales and kept weights.
         keep_original: keep a weight as it is in W, not as compensation has moved it.
         config: damping, block size, order and search of scales. Scales are always
-            fitted before.
+            fitted before, each column's error weighed by the Hessian's diagonal.
 
     Raises:
         QuantizeError: the Hessian stays singular at the largest damping, or a scale or
@@ -57,10 +57,17 @@ def compensate_clusters(
     out_features, in_features = W.shape
     if kept is None:
         kept = torch.zeros_like(W, dtype=torch.bool)
-    scales = fit_scales(W.masked_fill(kept, 0.0), group_size, dtype, config)
-    size = in_features // scales.shape[1]
     order = _pair_order(H, config.activation_order)
     U, damp_percent = inverse_factor(H[order][:, order], config.damp_percent)
+    diagonal = H.diagonal()
+    scales = fit_scales(
+        W.masked_fill(kept, 0.0),
+        diagonal + damp_percent * diagonal.mean(),
+        group_size,
+        dtype,
+        config,
+    )
+    size = in_features // scales.shape[1]
 
     columns = order.tolist()
     low, high = _LOW.to(W.device), _HIGH.to(W.device)

@@ -135,7 +135,7 @@ def test_better_than_the_best_scales_without_protection(heavy: bool) -> None:
     W = random_weight(16, 288, 4, heavy)
     largest = W.abs().amax(1)
 
-    found = errors(W, search_scales(W, torch.bfloat16, CONFIG))
+    found = errors(W, search_scales(W, None, torch.bfloat16, CONFIG))
 
     without = [
         narrow_errors(W, sign * factor * largest)
@@ -192,6 +192,27 @@ def test_the_sign_of_the_scale_follows_the_longer_side() -> None:
     assert not bool(result.clusters.indices.any())
 
 
+def test_scales_are_best_where_errors_count_most() -> None:
+    W = random_weight(16, 96, 10)
+    # The columns that count are small.
+    W[:, :24] *= 0.3
+    weights = torch.ones(96)
+    weights[:24] = 100.0
+
+    def weighted_error(scales: Tensor) -> float:
+        codes = round_on_scales(W / scales, CONFIG.grid_norm).codes
+        return float(((codes * scales - W).abs().pow(CONFIG.grid_norm) * weights).sum())
+
+    plain = fit_scales(W, None, -1, torch.bfloat16, CONFIG)
+    weighed = fit_scales(W, weights, -1, torch.bfloat16, CONFIG)
+
+    assert weighted_error(weighed) < 0.9 * weighted_error(plain)
+    assert torch.equal(
+        fit_scales(W, torch.ones(96), 48, torch.bfloat16, CONFIG),
+        fit_scales(W, None, 48, torch.bfloat16, CONFIG),
+    )
+
+
 def test_groups_are_rows_of_their_own() -> None:
     W = random_weight(2, 72, 6)
 
@@ -218,7 +239,7 @@ def test_weights_that_no_scale_fits_are_refused(value: float) -> None:
     W[1, 5] = value
 
     with pytest.raises(QuantizeError, match="not finite in torch"):
-        fit_scales(W, -1, torch.float16, CONFIG)
+        fit_scales(W, None, -1, torch.float16, CONFIG)
 
 
 def test_a_kept_weight_that_does_not_fit_is_refused() -> None:
