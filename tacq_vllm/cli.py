@@ -337,9 +337,10 @@ def _whole_checkpoint(checkpoint: str, revision: str | None) -> Path:
     from tacq_vllm.hub.pull import checkpoint_folder
 
     _quiet_client()
-    return checkpoint_folder(
-        checkpoint, revision, lambda text: err.print(text, highlight=False)
-    )
+    with ends_at_once():
+        return checkpoint_folder(
+            checkpoint, revision, lambda text: err.print(text, highlight=False)
+        )
 
 
 def _quiet_client() -> None:

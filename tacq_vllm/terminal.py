@@ -112,9 +112,9 @@ def print_failure(message: str) -> None:
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """Within the body, which must leave nothing here, Ctrl-C ends the process.
+    """Within the body Ctrl-C ends the process, without cleaning up.
 
-    Python itself would first wait for a library's threads.
+    Python itself would first wait for the threads of the Hub's client.
     """
 
     def end(*_: object) -> None:

@@ -92,7 +92,7 @@ def test_an_upload_that_is_stopped_goes_on_where_it_was(
     number: signal.Signals,
     exit_code: int,
 ) -> None:
-    repo_id = f"org/stopped-{exit_code}"
+    repo_id = f"org/stopped-by-{number.name}"
     hub.objects.clear()
     hub.was_cut.clear()
     hub.whole_uploads = 2
@@ -105,7 +105,7 @@ def test_an_upload_that_is_stopped_goes_on_where_it_was(
         # Jobs in the background of a shell are told to ignore it.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    assert hub.was_cut.wait(300)
+    assert hub.was_cut.wait(120)
     deadline = time.monotonic() + 60
     while len(hub.objects) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -131,19 +131,21 @@ def test_an_upload_that_is_stopped_goes_on_where_it_was(
     assert hub.repos[repo_id].files().keys() >= set(folder_files(sharded)) - {CARD_NAME}
 
 
-def test_a_hub_that_fails_in_the_middle(hub: Hub, tacq: Tacq, sharded: Path) -> None:
+def test_a_hub_that_fails_in_the_middle(
+    hub: Hub, tacq: Tacq, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It answers that it cannot, or not at all, however often it is asked."""
     hub.objects.clear()
-    hub.failures = {
+    failures = {
         "/lfs/org/uploading/": 503,
         "/org/committing/commit/": 500,
         "/org/silent/commit/": 0,
     }
+    monkeypatch.setattr(hub, "failures", failures)
     repo_ids = ["org/uploading", "org/committing", "org/silent"]
 
     outcomes = tacq(*(["push", sharded, repo_id] for repo_id in repo_ids))
 
-    hub.failures = {}
     for repo_id, outcome in zip(repo_ids, outcomes, strict=True):
         assert_one_line(outcome, f"tacq: {repo_id}: ")
         assert outcome.stderr.endswith(
