@@ -3,6 +3,7 @@
 Heavy modules are imported inside the commands, so that `--help` is instant.
 """
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,14 @@ from tacq_vllm.cli_options import (
     WorkDirectory,
     torch_device,
 )
-from tacq_vllm.terminal import err, open_listener
+from tacq_vllm.terminal import (
+    INTERRUPTED,
+    INTERRUPTED_CODE,
+    ends_at_once,
+    err,
+    open_listener,
+    print_failure,
+)
 
 app = typer.Typer(
     name="tacq",
@@ -264,7 +272,9 @@ def push(
         if dry_run:
             cli_show.print_push(plan)
         else:
-            typer.echo(upload(plan))
+            with ends_at_once():
+                address = upload(plan)
+            typer.echo(address)
 
 
 @contextmanager
@@ -285,19 +295,20 @@ def _one_line_errors() -> Iterator[None]:
     expected = (*ours, DataError, EvaluateError, InputError, *theirs)
     try:
         yield
-    except expected as error:
+    except (*expected, MemoryError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            reason = str(error) or type(error).__name__
+            _fail(
+                "out of memory; give the same command again with more of it free, or "
+                f"a smaller model or sequence length ({reason})"
+            )
+        if not isinstance(error, expected):
+            raise
         _fail(str(error))
     except ModuleNotFoundError as error:
         _fail(f"{error}: pip install 'tacq-vllm[quantize,plots]'")
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        _fail(
-            "out of memory; give the same command again with more of it free, or a "
-            f"smaller model or sequence length ({error})"
-        )
     except KeyboardInterrupt:
-        _fail("interrupted; the same command finishes what this one began", code=130)
+        _fail(INTERRUPTED, code=INTERRUPTED_CODE)
 
 
 app.command("import")(_one_line_errors()(cli_convert.import_checkpoint))
@@ -309,13 +320,16 @@ app.command("compare")(_one_line_errors()(cli_compare.compare))
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether Python, or PyTorch on any device, could not have more memory."""
-    words = ("out of memory", "can't allocate memory", "Cannot allocate memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        words = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+        return any(word in str(error) for word in words)
+    return isinstance(error, MemoryError)
 
 
 def _fail(message: str, code: int = 2) -> None:
-    line = " ".join(message.split())
-    err.print(f"tacq: {line}", style="red", highlight=False, markup=False)
+    print_failure(message)
     raise typer.Exit(code)
 
 
@@ -324,9 +338,10 @@ def _whole_checkpoint(checkpoint: str, revision: str | None) -> Path:
     from tacq_vllm.hub.pull import checkpoint_folder
 
     _quiet_client()
-    return checkpoint_folder(
-        checkpoint, revision, lambda text: err.print(text, highlight=False)
-    )
+    with ends_at_once():
+        return checkpoint_folder(
+            checkpoint, revision, lambda text: err.print(text, highlight=False)
+        )
 
 
 def _quiet_client() -> None:

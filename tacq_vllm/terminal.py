@@ -1,5 +1,7 @@
-"""How progress looks: bars on a terminal, lines in a log."""
+"""How progress looks: bars on a terminal, lines in a log; what Ctrl-C does."""
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 
 out = Console()
 err = Console(stderr=True, soft_wrap=True)
+
+
+INTERRUPTED = "interrupted; the same command finishes what this one began"
+INTERRUPTED_CODE = 130
 
 
 class RichListener:
@@ -96,3 +102,30 @@ def open_listener(leads: bool) -> "Iterator[Listener | None]":
     )
     with Progress(*columns, console=err) as bars:
         yield RichListener(bars)
+
+
+def print_failure(message: str) -> None:
+    """Say in one line why a command ends."""
+    line = " ".join(message.split())
+    err.print(f"tacq: {line}", style="red", highlight=False, markup=False)
+
+
+@contextmanager
+def ends_at_once() -> Iterator[None]:
+    """Within the body Ctrl-C ends the process, without cleaning up.
+
+    Python itself would first wait for the threads of the Hub's client.
+    """
+
+    def end(*_: object) -> None:
+        print_failure(INTERRUPTED)
+        os._exit(INTERRUPTED_CODE)
+
+    before = signal.getsignal(signal.SIGINT)
+    # A job in the background of a shell is told to ignore it.
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,6 +1,7 @@
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -371,3 +372,25 @@ def tiny_checkpoint(
 def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint to damage."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mount a file system in memory; skipped where that is not allowed."""
+    mounted: list[Path] = []
+
+    def make(*options: str) -> Path:
+        folder = tmp_path / "mounted"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs"]
+        result = subprocess.run(
+            [*command, folder], capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            pytest.skip(f"cannot mount: {result.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)

@@ -97,6 +97,8 @@ class Hub(ThreadingHTTPServer):
         self.whole_uploads = -1
         """How many more uploads arrive; those after them are cut. -1: all do."""
         self.was_cut = threading.Event()
+        self.failures: dict[str, int] = {}
+        """Statuses by a part of the paths that they answer; 0: the line goes dead."""
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """What the client needs in its environment."""
@@ -154,8 +156,12 @@ class Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
+        for part, status in self.server.failures.items():
+            if part in url.path:
+                self._fail(status)
+                return
         if url.path.startswith("/lfs/"):
-            self._receive(url.path.removeprefix("/lfs/"))
+            self._receive(url.path.rpartition("/")[2])
             return
         self.body = self._read(int(self.headers.get("Content-Length", 0)))
         try:
@@ -171,6 +177,14 @@ class Handler(BaseHTTPRequestHandler):
         except Refusal as error:
             headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
             self._send(error.status, b"{}", headers)
+
+    def _fail(self, status: int) -> None:
+        self._read(int(self.headers.get("Content-Length", 0)))
+        if status:
+            self._send(status, b"")
+        else:
+            self.close_connection = True
+            self.connection.close()
 
     def _read(self, length: int) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -280,7 +294,7 @@ class Handler(BaseHTTPRequestHandler):
         for asked in json.loads(self.body)["objects"]:
             answer = {"oid": asked["oid"], "size": asked["size"]}
             if asked["oid"] not in self.server.objects:
-                href = f"{self.server.url}/lfs/{asked['oid']}"
+                href = f"{self.server.url}/lfs/{repo_id}/{asked['oid']}"
                 answer["actions"] = {"upload": {"href": href}}
             objects.append(answer)
         self._json({"transfer": "basic", "objects": objects})

@@ -5,92 +5,113 @@ command ends in the same bytes afterwards. How `tacq quantize` goes on is tested
 `quantize/test_resume.py`, how an upload does in `hub/test_push.py`.
 """
 
-import os
 import resource
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from tacq_vllm.cli import app
+from tacq_vllm.compare.report import TABLE_NAME
+from tacq_vllm.compare.rows import RESULTS_NAME, Row, read_results, read_row
+from tacq_vllm.compare.run import MODELS_FOLDER, ROWS_FOLDER
 from tests.builders import quantize_arguments
+from tests.compare.test_compare import arguments as comparison
 from tests.conftest import TinyLlama
 from tests.convert.sources import save_gptq
+from tests.evaluate.conftest import make_data
+from tests.processes import run, signal_at
 
 Arguments = Callable[[Path], list[str]]
 """What makes a folder, on the command line."""
 
-MIB = 1 << 20
+INTERRUPTED = "tacq: interrupted; the same command finishes what this one began"
 
 
-@pytest.fixture(scope="module")
-def gptq(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gptq") / "source"
-    save_gptq(tiny_model, folder, bits=4, group_size=32, sym=True, version=1)
+MAKERS = ["quantize", "recover", "import", "export"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the makers start from."""
+
+    model: Path
+    checkpoint: Path
+    gptq: Path
+    text: Path
+
+    def arguments(self, maker: str, output: Path) -> list[str]:
+        """The command line of a maker."""
+        match maker:
+            case "quantize":
+                return quantize_arguments(self.model, output, self.text)
+            case "recover":
+                parts = ["recover", self.checkpoint, "--base", self.model]
+                parts += ["--calibration", self.text, "--num-samples", "4"]
+                parts += ["--seq-len", "16", "--steps", "2"]
+            case "import":
+                parts = ["import", self.gptq]
+            case "export":
+                parts = ["export", self.checkpoint, "--to", "dequantized"]
+        return [*map(str, parts), "--output", str(output)]
+
+
+def make_gptq(model: Path, folder: Path) -> Path:
+    save_gptq(model, folder, bits=4, group_size=32, sym=True, version=1)
     return folder
 
 
-@pytest.fixture(params=["quantize", "recover", "import", "export"])
-def arguments(
-    request: pytest.FixtureRequest,
+@pytest.fixture(scope="module")
+def sources(
     tiny_model: Path,
     tiny_checkpoint: Path,
     text_file: Path,
-    gptq: Path,
-) -> Arguments:
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Sources:
+    gptq = make_gptq(tiny_model, tmp_path_factory.mktemp("gptq") / "source")
+    return Sources(tiny_model, tiny_checkpoint, gptq, text_file)
+
+
+@pytest.fixture(params=MAKERS)
+def arguments(request: pytest.FixtureRequest, sources: Sources) -> Arguments:
     """The command lines of the makers."""
-    commands: dict[str, Arguments] = {
-        "quantize": lambda out: quantize_arguments(tiny_model, out, text_file),
-        "recover": lambda out: [
-            *("recover", str(tiny_checkpoint), "--base", str(tiny_model)),
-            *("--calibration", str(text_file), "--num-samples", "4"),
-            *("--seq-len", "16", "--steps", "2", "--output", str(out)),
-        ],
-        "import": lambda out: ["import", str(gptq), "--output", str(out)],
-        "export": lambda out: [
-            *("export", str(tiny_checkpoint), "--to", "dequantized"),
-            *("--output", str(out)),
-        ],
-    }
-    return commands[request.param]
+    return partial(sources.arguments, request.param)
 
 
-def run(
-    arguments: list[str], before: Callable[[], None] = lambda: None
-) -> tuple[int, str]:
-    """Run a command in a copy of this process; its exit code and last words.
+@pytest.fixture(scope="module")
+def large(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Sources:
+    """Linears of 4 MB in float32, whose second moments take up to 64 MB."""
+    folder = tmp_path_factory.mktemp("large")
+    sizes = {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 1}
+    model = tiny_llama(torch.bfloat16, **sizes)
+    checkpoint = folder / "checkpoint"
+    outcome = run(quantize_arguments(model, checkpoint, text_file, method="rtn"))
+    assert outcome.exit_code == 0, outcome.words
+    return Sources(model, checkpoint, make_gptq(model, folder / "gptq"), text_file)
 
-    A copy has everything imported: commands take no longer than their work.
-    """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.dup2(writer, 2)
-        code = 99
-        try:
-            sys.stdout = sys.stderr = os.fdopen(2, "w")
-            # Jobs in the background of a shell are told to ignore it.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            before()
-            app(arguments, standalone_mode=True)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        except BaseException as error:
-            print(f"traceback: {error!r}", file=sys.stderr)
-        finally:
-            with suppress(OSError):
-                sys.stderr.flush()
-            os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        words = file.read()
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), words
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data to compare on."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def compared(
+    tiny_model: Path, root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A comparison that nothing has disturbed."""
+    folder = tmp_path_factory.mktemp("compared") / "out"
+    outcome = run(comparison(tiny_model, folder, root))
+    assert outcome.exit_code == 0, outcome.words
+    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -107,82 +128,103 @@ def looks_whole(folder: Path) -> bool:
     return (folder / "config.json").exists()
 
 
-def stop_at(count: int, stop: Callable[[], None]) -> Callable[[], None]:
-    """Stop at the n-th time that something is made or renamed."""
-    seen = 0
-
-    def watch(event: str, values: tuple[object, ...]) -> None:
-        nonlocal seen
-        makes = event == "open" and isinstance(values[1], str) and "w" in values[1]
-        if makes or event in ("os.mkdir", "os.rename", "os.chmod"):
-            seen += 1
-            if seen == count:
-                stop()
-
-    return lambda: sys.addaudithook(watch)
+def rows(folder: Path) -> dict[str, Row]:
+    """The rows of a comparison by their names, without times and memory."""
+    found = {}
+    for path in (folder / ROWS_FOLDER).glob("*.json"):
+        row = read_row(path)
+        assert row is not None
+        unmeasured = {"seconds": {}, "machine": {}, "peak_bytes": None}
+        found[path.name] = row.model_copy(update=unmeasured)
+    return found
 
 
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def assert_no_part(folder: Path, compared: Path) -> None:
+    """What is there of a comparison is what an undisturbed one has there."""
+    whole = rows(compared)
+    assert all(whole[name] == row for name, row in rows(folder).items())
+    if (folder / RESULTS_NAME).exists():
+        assert len(read_results(folder / RESULTS_NAME)) == len(whole)
+    if (folder / TABLE_NAME).exists():
+        table = (folder / TABLE_NAME).read_bytes()
+        assert table == (compared / TABLE_NAME).read_bytes()
+
+
+def assert_goes_on(command: list[str], folder: Path, compared: Path) -> None:
+    """The same command finishes a comparison, without anything left over."""
+    outcome = run(command)
+    assert outcome.exit_code == 0, outcome.words
+    assert rows(folder) == rows(compared)
+    assert_no_part(folder, compared)
+    assert not [path for path in folder.rglob("*") if ".partial" in path.name]
+    assert not list((folder / "work" / MODELS_FOLDER).iterdir())
 
 
 def test_killed_at_any_file(arguments: Arguments, tmp_path: Path) -> None:
     whole, made = tmp_path / "whole", tmp_path / "made"
-    assert run(arguments(whole))[0] == 0
+    assert run(arguments(whole)).exit_code == 0
     out = made / "out"
-    kills, count, code = 0, 1, -1
+    kills, count = 0, 1
     # What is finished is found again, so each run comes farther.
-    while code != 0:
-        code, words = run(arguments(out), stop_at(count, kill))
-        if code == 0:
-            break
+    while (outcome := run(arguments(out), signal_at(count, signal.SIGKILL))).exit_code:
         kills, count = kills + 1, count + 1 + count // 3
-        assert code == -signal.SIGKILL, words
+        assert outcome.exit_code == -signal.SIGKILL, outcome.words
         assert not out.exists()
         for left in made.glob(".*.partial") if made.exists() else ():
             assert not looks_whole(left) or contents(left) == contents(whole)
 
     assert kills > 3
-    assert code == 0, words
     assert contents(out) == contents(whole)
     assert [path.name for path in made.iterdir()] == ["out"]
+
+
+def test_a_comparison_killed_at_any_file(
+    tiny_model: Path, root: Path, compared: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = comparison(tiny_model, out, root)
+    kills, count = 0, 2
+    known: set[str] = set()
+    while (outcome := run(command, signal_at(count, signal.SIGKILL))).exit_code:
+        kills, count = kills + 1, 2 * count
+        assert outcome.exit_code == -signal.SIGKILL, outcome.words
+        assert_no_part(out, compared)
+        assert known <= rows(out).keys()
+        known = set(rows(out))
+
+    assert kills > 3
+    assert known
+    assert_goes_on(command, out, compared)
 
 
 def test_ctrl_c(arguments: Arguments, tmp_path: Path) -> None:
     out = tmp_path / "made" / "out"
 
-    code, words = run(
-        arguments(out),
-        stop_at(4, lambda: os.kill(os.getpid(), signal.SIGINT)),
-    )
+    outcome = run(arguments(out), signal_at(4, signal.SIGINT))
 
-    assert code == 130
-    assert words.splitlines()[-1].startswith("tacq: interrupted; the same command")
-    assert "Traceback" not in words
+    assert outcome.exit_code == 130
+    assert outcome.last_line == INTERRUPTED
+    assert "Traceback" not in outcome.words
     assert not out.exists()
-    assert run(arguments(out))[0] == 0
+    assert run(arguments(out)).exit_code == 0
 
 
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mount a file system in memory; skipped where that is not allowed."""
-    mounted: list[Path] = []
+def test_a_comparison_and_ctrl_c(
+    tiny_model: Path, root: Path, compared: Path, tmp_path: Path
+) -> None:
+    command = comparison(tiny_model, tmp_path / "out", root)
 
-    def make(*options: str) -> Path:
-        folder = tmp_path / "mounted"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs"]
-        result = subprocess.run(
-            [*command, folder], capture_output=True, text=True, check=False
-        )
-        if result.returncode:
-            pytest.skip(f"cannot mount: {result.stderr.strip()}")
-        mounted.append(folder)
-        return folder
+    outcome = run(command, signal_at(25, signal.SIGINT))
 
-    yield make
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
+    assert outcome.exit_code == 130
+    assert outcome.last_line == INTERRUPTED
+    assert "Traceback" not in outcome.words
+    assert_no_part(tmp_path / "out", compared)
+    assert_goes_on(command, tmp_path / "out", compared)
+
+
+def make_room(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
 
 
 @pytest.mark.parametrize("pages", [1, 8, 20])
@@ -191,12 +233,11 @@ def test_a_full_disk(
 ) -> None:
     folder = mount(f"size={pages * 4096}")
 
-    code, words = run(arguments(folder / "out"))
+    outcome = run(arguments(folder / "out"))
 
-    assert code == 2, words
-    last = words.splitlines()[-1]
-    assert "No space left on device" in last
-    assert "Traceback" not in words
+    assert outcome.exit_code == 2, outcome.words
+    assert "No space left on device" in outcome.last_line
+    assert "Traceback" not in outcome.words
     assert not (folder / "out").exists()
     assert not any(map(looks_whole, folder.iterdir()))
 
@@ -205,13 +246,29 @@ def test_after_a_full_disk_the_same_command_goes_on(
     arguments: Arguments, mount: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = mount(f"size={20 * 4096}")
-    assert run(arguments(folder / "out"))[0] == 2
+    assert run(arguments(folder / "out")).exit_code == 2
 
-    subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
+    make_room(folder)
 
-    assert run(arguments(folder / "out"))[0] == 0
-    assert run(arguments(tmp_path / "whole"))[0] == 0
+    assert run(arguments(folder / "out")).exit_code == 0
+    assert run(arguments(tmp_path / "whole")).exit_code == 0
     assert contents(folder / "out") == contents(tmp_path / "whole")
+
+
+def test_a_comparison_on_a_full_disk(
+    tiny_model: Path, root: Path, compared: Path, mount: Callable[..., Path]
+) -> None:
+    folder = mount(f"size={40 * 4096}")
+    command = comparison(tiny_model, folder / "out", root)
+
+    outcome = run(command)
+
+    assert outcome.exit_code == 2, outcome.words
+    assert "No space left on device" in outcome.last_line
+    assert "Traceback" not in outcome.words
+    assert_no_part(folder / "out", compared)
+    make_room(folder)
+    assert_goes_on(command, folder / "out", compared)
 
 
 def test_a_folder_that_is_read_only(
@@ -219,28 +276,44 @@ def test_a_folder_that_is_read_only(
 ) -> None:
     folder = mount("ro")
 
-    code, words = run(arguments(folder / "out"))
+    outcome = run(arguments(folder / "out"))
 
-    assert code == 2, words
-    assert "Read-only file system" in words.splitlines()[-1]
-    assert "Traceback" not in words
+    assert outcome.exit_code == 2, outcome.words
+    assert "Read-only file system" in outcome.last_line
+    assert "Traceback" not in outcome.words
 
 
-def limit_memory() -> None:
+def test_a_comparison_in_a_folder_that_is_read_only(
+    tiny_model: Path, root: Path, mount: Callable[..., Path]
+) -> None:
+    outcome = run(comparison(tiny_model, mount("ro") / "out", root))
+
+    assert outcome.exit_code == 2, outcome.words
+    assert "Read-only file system" in outcome.last_line
+    assert "Traceback" not in outcome.words
+
+
+def limit_memory(megabytes: int) -> None:
+    """Allow this process so much more than it has."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + 64 * MIB
+    limit = pages * resource.getpagesize() + (megabytes << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def test_no_memory(tiny_llama: TinyLlama, text_file: Path, tmp_path: Path) -> None:
-    """The second moments of 4,096 inputs take twice what is left."""
-    sizes = {"intermediate_size": 4096, "num_hidden_layers": 1}
-    model = tiny_llama(torch.bfloat16, **sizes)
-    command = quantize_arguments(model, tmp_path / "made" / "out", text_file)
+@pytest.mark.parametrize(
+    ("maker", "megabytes"),
+    [*product(MAKERS, [2, 12]), ("quantize", 64), ("recover", 64)],
+)
+def test_no_memory(large: Sources, tmp_path: Path, maker: str, megabytes: int) -> None:
+    """Where safetensors maps a file, where PyTorch takes a tensor."""
+    made = tmp_path / "made"
 
-    code, words = run(command, limit_memory)
+    outcome = run(
+        large.arguments(maker, made / "out"), partial(limit_memory, megabytes)
+    )
 
-    assert code == 2, words
-    assert words.splitlines()[-1].startswith("tacq: out of memory; ")
-    assert "Traceback" not in words
-    assert not (tmp_path / "made" / "out").exists()
+    assert outcome.exit_code == 2, outcome.words
+    assert outcome.last_line.startswith("tacq: out of memory; ")
+    assert "Traceback" not in outcome.words
+    assert not (made / "out").exists()
+    assert not list(made.glob(".*.partial"))

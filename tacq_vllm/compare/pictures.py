@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from tacq_vllm.compare.matrix import SALIENCIES
 from tacq_vllm.compare.rows import Row
 from tacq_vllm.compare.table import Group, Metric, group_rows, metric_name, metrics_of
+from tacq_vllm.format.staging import staged_file
 from tacq_vllm.scores import LOWER_IS_BETTER
 
 _DPI = 120
@@ -44,7 +45,8 @@ def draw_pictures(rows: Sequence[Row], folder: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=_DPI)
+        with staged_file(paths[-1]) as staging:
+            figure.savefig(staging, format="png", dpi=_DPI)
     return paths
 
 

@@ -1,7 +1,6 @@
 """What is known of each model: a JSON file a row, written when it is measured."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tacq_vllm.compare.matrix import Cell
 from tacq_vllm.config import one_line
+from tacq_vllm.format.staging import staged_file
 from tacq_vllm.scores import Score, ScoresError
 
 RESULTS_NAME = "results.json"
@@ -68,9 +68,8 @@ def read_row(path: Path) -> Row | None:
 def write_row(path: Path, row: Row) -> None:
     """Store a row, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(row.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with staged_file(path) as staging:
+        staging.write_text(row.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def read_results(path: Path) -> list[Row]:
@@ -88,7 +87,8 @@ def read_results(path: Path) -> list[Row]:
 def write_results(path: Path, rows: Sequence[Row]) -> None:
     """Store all rows in one file."""
     content = _ROWS.dump_python(list(rows), mode="json")
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with staged_file(path) as staging:
+        staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def with_baselines(rows: Iterable[Row], base: Row) -> list[Row]:

@@ -2,7 +2,6 @@
 
 import platform
 import resource
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tacq_vllm.evaluate.samples import SampleLog
 from tacq_vllm.evaluate.tasks import Measure, Protocol
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.plot import plot_outliers
+from tacq_vllm.format.staging import passing_folder
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.pipeline import quantize_model
 from tacq_vllm.quantize.progress import Progress
@@ -28,6 +28,7 @@ from tacq_vllm.scores import Scores
 
 ROWS_FOLDER = "rows"
 MAPS_FOLDER = "outliers"
+MODELS_FOLDER = "models"
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class Comparison:
     ) -> Row:
         """Make a cell's checkpoint, look at it, and let it go."""
         own = Progress(progress.listener)
-        with tempfile.TemporaryDirectory(prefix="tacq-") as temporary:
-            output = Path(temporary) / name
+        output = self.workdir.folder / MODELS_FOLDER / name
+        with passing_folder(output):
             quantize_model(
                 self.base,
                 cell.recipe(self.recipe),

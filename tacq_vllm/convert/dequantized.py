@@ -21,11 +21,12 @@ from tacq_vllm.format.checkpoint import (
 )
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.schema import QuantizationSchema, parse_schema
+from tacq_vllm.format.staging import staged_folder
 from tacq_vllm.format.validation import check_whole, load_linear
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
-from tacq_vllm.quantize.workdir import check_output, staged_folder
+from tacq_vllm.quantize.workdir import check_output
 
 
 def export_dequantized(

@@ -23,11 +23,12 @@ from tacq_vllm.format.inspection import inspect_weights
 from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import select_outliers
 from tacq_vllm.format.schema import DEFAULT_CIRCUIT, QuantizationSchema
+from tacq_vllm.format.staging import staged_folder
 from tacq_vllm.format.values import check_linear
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.weights import open_weights
-from tacq_vllm.quantize.workdir import check_output, staged_folder
+from tacq_vllm.quantize.workdir import check_output
 
 
 def import_checkpoint(

@@ -22,12 +22,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FormatError(f"{path}: the file is missing")
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        if path.stat().st_size > MAX_BYTES:
+            raise FormatError(f"{path}: larger than {MAX_BYTES:,} bytes")
+        content = path.read_bytes()
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(content) > MAX_BYTES:
-        raise FormatError(f"{path}: larger than {MAX_BYTES:,} bytes")
     return parse_json(content, str(path))
 
 

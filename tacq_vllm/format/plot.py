@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from tacq_vllm.format.inspection import Inspection, outlier_counts
+from tacq_vllm.format.staging import staged_file
 
 
 def plot_outliers(folder: Path, figures: Inspection, path: Path) -> None:
@@ -48,7 +49,8 @@ def plot_outliers(folder: Path, figures: Inspection, path: Path) -> None:
         axes.set(xlabel=f"{what}s, fullest first (%)", yscale="symlog")
         axes.set_title(f"weights kept in a {what}")
     by_column.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with staged_file(path) as staging:
+        figure.savefig(staging, format=path.suffix[1:] or "png", dpi=120)
 
 
 def _block(name: str) -> str:

@@ -17,6 +17,9 @@ from huggingface_hub.errors import (
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
+_GOES_ON = "the same command goes on where this one stopped"
+
+
 class HubError(ValueError):
     """The Hub does not give or take something; the message says what to do."""
 
@@ -50,30 +53,30 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
             raise HubError(
                 f"{repo_id}: neither a folder here nor a repo on the Hub that you see"
             ) from error
-        raise HubError(f"{repo_id}: {one_line(error)}") from error
+        advice = f"; {_GOES_ON}" if error.response.status_code >= 500 else ""
+        raise HubError(f"{repo_id}: {one_line(error)}{advice}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise HubError(
             f"{repo_id}: not whole in the cache, and the Hub is out of reach; run this "
             "again with a connection, HF_HUB_OFFLINE unset"
         ) from error
-    except ConnectionError as error:
-        # Of hf_xet, which first asks for what a Hub without Xet does not have.
+    except (ConnectionError, HTTP_ERROR) as error:
+        # hf_xet first asks for what a Hub without Xet does not have.
         advice = (
             "a Hub without Xet takes uploads with HF_HUB_DISABLE_XET=1"
             if "xet-write-token" in str(error)
-            else "the same command goes on where this one stopped"
+            else _GOES_ON
         )
         raise HubError(f"{repo_id}: {one_line(error)}; {advice}") from error
     except RuntimeError as error:
         # What the client makes of a transfer that broke.
-        raise HubError(
-            f"{repo_id}: {one_line(error)} The same command goes on where this one "
-            "stopped"
-        ) from error
-    except (HTTP_ERROR, EntryNotFoundError, OSError, ValueError) as error:
+        chain = [part for part in (error, error.__cause__) if part is not None]
+        reason = ": ".join(one_line(part).rstrip(".") for part in chain)
+        raise HubError(f"{repo_id}: {reason}; {_GOES_ON}") from error
+    except (EntryNotFoundError, OSError, ValueError) as error:
         raise HubError(f"{repo_id}: {one_line(error)}") from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error, its lines joined."""
     return " ".join(str(error).split()) or type(error).__name__

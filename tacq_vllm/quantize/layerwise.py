@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from time import perf_counter
 
@@ -58,6 +58,10 @@ class LinearReport:
     """Damping of the Hessian, of a method that has one."""
 
 
+REPORT_FIELDS = [field.name for field in fields(LinearReport)]
+"""What is stored of a linear: a work folder that has other things is of no use."""
+
+
 class QuantizedBlocks:
     """The stored result of a pass."""
 
@@ -90,8 +94,8 @@ class QuantizedBlocks:
     def reports(self) -> Iterator[LinearReport]:
         """The report of every linear, in order."""
         for notes in self._notes():
-            for fields in json.loads(notes["reports"]):
-                yield LinearReport(**fields)
+            for report in json.loads(notes["reports"]):
+                yield LinearReport(**report)
 
     def seconds(self) -> list[float]:
         """Wall time of each block."""

@@ -26,10 +26,11 @@ from transformers import (
 from tacq_vllm.config import StorageDtype
 from tacq_vllm.format.checkpoint import CheckpointWriter
 from tacq_vllm.format.simulated import SIMULATED_KEY
+from tacq_vllm.format.staging import staged_folder
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.source import ModelSource, locate_model
 from tacq_vllm.quantize.weights import WeightFiles, open_weights
-from tacq_vllm.quantize.workdir import WorkDir, fingerprint, staged_folder
+from tacq_vllm.quantize.workdir import WorkDir, fingerprint
 
 BLOCK_PARTS = ("self_attn", "mlp")
 """Parts of a decoder block whose linears are quantized (TaCQ paper, appendix D)."""

@@ -18,7 +18,7 @@ from tacq_vllm.quantize import gradients
 from tacq_vllm.quantize.calibration import calibrate
 from tacq_vllm.quantize.depends import Depends, common_depends, digest
 from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.layerwise import BlockPass, QuantizedBlocks
+from tacq_vllm.quantize.layerwise import REPORT_FIELDS, BlockPass, QuantizedBlocks
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.rounder import Rounder
@@ -124,7 +124,7 @@ class Passes:
         """
         known = self.text_depends() if rounder.needs_inputs else self._model_depends
         samples = self._samples if rounder.needs_inputs else []
-        folder = self._open(name, {**known, **depends})
+        folder = self._open(name, {**known, **depends, "report": REPORT_FIELDS})
         blocks = BlockPass(self.base, rounder, samples, folder, self.world)
         return blocks.run(phase, self._progress)
 

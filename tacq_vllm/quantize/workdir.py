@@ -8,7 +8,6 @@ gets it when it is whole.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tacq_vllm.format.staging import staged_file
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.world import World
 
 _DEPENDS_NAME = "depends.json"
-_PARTIAL = ".partial"
 
 
 class PhaseFolder:
@@ -47,11 +46,9 @@ class PhaseFolder:
         notes: Mapping[str, str] | None = None,
     ) -> None:
         """Store tensors, and text beside them; whole or not at all."""
-        path = self._path(name)
-        partial = path.with_name(path.name + _PARTIAL)
         stored = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-        save_file(stored, partial, metadata=dict(notes or {}))
-        os.replace(partial, path)
+        with staged_file(self._path(name)) as path:
+            save_file(stored, path, metadata=dict(notes or {}))
 
     def load(self, name: str, prefix: str = "") -> dict[str, Tensor]:
         """Read the tensors whose names begin so, mapped from their file."""
@@ -97,9 +94,8 @@ class WorkDir:
         """The folder of a phase that depends on these JSON values."""
         folder = self.folder / f"{name}-{fingerprint(depends)[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / (_DEPENDS_NAME + _PARTIAL)
-        partial.write_text(json.dumps(depends, indent=1) + "\n")
-        os.replace(partial, folder / _DEPENDS_NAME)
+        with staged_file(folder / _DEPENDS_NAME) as path:
+            path.write_text(json.dumps(depends, indent=1) + "\n")
         return PhaseFolder(folder)
 
     def differences(self, name: str, depends: Mapping[str, Any]) -> list[str]:
@@ -110,7 +106,7 @@ class WorkDir:
         """
         wanted = json.loads(json.dumps(depends))
         earlier = [
-            json.loads(path.read_text())
+            _read_depends(path)
             for path in self.folder.glob(f"{name}-*/{_DEPENDS_NAME}")
         ]
         changes = [
@@ -123,6 +119,15 @@ class WorkDir:
             if before.keys() == wanted.keys()
         ]
         return min((change for change in changes if change), key=len, default=[])
+
+
+def _read_depends(path: Path) -> dict[str, Any]:
+    """What a phase depended on; nothing, of a file that a crash has cut."""
+    try:
+        depends: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return depends
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
@@ -158,17 +163,3 @@ def check_output(output: Path) -> None:
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise QuantizeError(f"{output}: exists already; choose another --output")
-
-
-@contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """A hidden folder beside `final`, renamed to it when the body has succeeded."""
-    staging = final.parent / f".{final.name}{_PARTIAL}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    os.replace(staging, final)

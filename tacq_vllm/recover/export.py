@@ -17,10 +17,11 @@ from tacq_vllm.format.checkpoint import (
 )
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.schema import QuantizationSchema
+from tacq_vllm.format.staging import staged_folder
 from tacq_vllm.format.values import check_linear
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
-from tacq_vllm.quantize.workdir import check_output, staged_folder
+from tacq_vllm.quantize.workdir import check_output
 from tacq_vllm.recover.config import RecoverConfig
 from tacq_vllm.recover.curve import PICTURE_NAME, draw_losses, write_losses
 from tacq_vllm.recover.state import History

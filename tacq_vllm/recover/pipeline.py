@@ -32,7 +32,7 @@ from tacq_vllm.recover import teacher as teaching
 from tacq_vllm.recover.batches import hold_out
 from tacq_vllm.recover.config import RecoverConfig
 from tacq_vllm.recover.export import WriteCard, export_student
-from tacq_vllm.recover.state import StateFolder
+from tacq_vllm.recover.state import RECORD_FIELDS, StateFolder
 from tacq_vllm.recover.student import open_student
 from tacq_vllm.recover.teacher import Teacher, run_teacher
 from tacq_vllm.recover.trainer import Trainer, open_accelerator
@@ -99,6 +99,7 @@ def recover_checkpoint(
         "checkpoint": open_weights(source).fingerprint(),
         "quantization": digest([schema.model_dump_json()]),
         "choices": config.model_dump(mode="json"),
+        "record": RECORD_FIELDS,
     }
     with world.leader_first():
         folder = StateFolder(workdir.phase("training", depends))

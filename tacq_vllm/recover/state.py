@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class Record:
     """Cross-entropy of the text alone."""
     held_out: float = math.nan
     """Cross-entropy of the held-out samples; not a number where it was not measured."""
+
+
+RECORD_FIELDS = [field.name for field in fields(Record)]
+"""What is stored of a step: a work folder that has other things is of no use."""
 
 
 @dataclass(frozen=True)

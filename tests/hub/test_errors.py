@@ -11,7 +11,7 @@ from tacq_vllm.hub.errors import HubError, hub_errors
         (ValueError("bad\n\nmetadata"), "org/x: bad metadata"),
         (
             RuntimeError("Error while uploading 'a' to the Hub."),
-            "org/x: Error while uploading 'a' to the Hub. The same command goes on "
+            "org/x: Error while uploading 'a' to the Hub; the same command goes on "
             "where this one stopped",
         ),
         (

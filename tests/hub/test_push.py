@@ -3,9 +3,12 @@
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,40 +81,107 @@ def test_every_file_arrives_with_the_repo_in_the_card(
     assert not any(TOKEN.encode() in content for content in stored)
 
 
-def test_a_killed_upload_goes_on_where_it_was(
-    hub: Hub, tacq: Tacq, environment: dict[str, str], sharded: Path
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)]
+)
+def test_an_upload_that_is_stopped_goes_on_where_it_was(
+    hub: Hub,
+    tacq: Tacq,
+    environment: dict[str, str],
+    sharded: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    exit_code: int,
 ) -> None:
+    repo_id = f"org/stopped-by-{number.name}"
     hub.objects.clear()
     hub.was_cut.clear()
-    hub.whole_uploads = 2
+    monkeypatch.setattr(hub, "whole_uploads", 2)
     process = subprocess.Popen(
-        [TACQ, "push", sharded, "org/killed"],
+        [TACQ, "push", sharded, repo_id],
         env=environment,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Jobs in the background of a shell are told to ignore it.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert hub.was_cut.wait(120)
     deadline = time.monotonic() + 60
     while len(hub.objects) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.kill()
-    process.wait()
+    process.send_signal(number)
+    _, words = process.communicate()
+    assert process.returncode == exit_code
+    if number == signal.SIGINT:
+        # Threads of the client may still have something to say.
+        assert "\ntacq: interrupted; the same command" in f"\n{words}"
+        assert "Traceback" not in words
     hub.whole_uploads = -1
     arrived = set(hub.objects)
     assert len(arrived) == 2
-    assert hub.repos["org/killed"].files().keys() == {".gitattributes"}
+    assert hub.repos[repo_id].files().keys() == {".gitattributes"}
     earlier = len(hub.requests)
 
-    (result,) = tacq(["push", sharded, "org/killed"])
+    (result,) = tacq(["push", sharded, repo_id])
 
     assert result.exit_code == 0, result.stderr
     sent = [request.path for request in hub.requests[earlier:]]
-    sent = [path.removeprefix("/lfs/") for path in sent if path.startswith("/lfs/")]
+    sent = [path.rpartition("/")[2] for path in sent if path.startswith("/lfs/")]
     assert sorted(sent) == sorted(shard_hashes(sharded) - arrived)
     assert shard_hashes(sharded) <= set(hub.objects)
-    assert hub.repos["org/killed"].files().keys() >= set(folder_files(sharded)) - {
-        CARD_NAME
+    assert hub.repos[repo_id].files().keys() >= set(folder_files(sharded)) - {CARD_NAME}
+
+
+def test_a_hub_that_fails_in_the_middle(
+    hub: Hub, tacq: Tacq, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers that it cannot, or not at all, however often it is asked."""
+    hub.objects.clear()
+    failures = {
+        "/lfs/org/uploading/": 503,
+        "/org/committing/commit/": 500,
+        "/org/silent/commit/": 0,
     }
+    monkeypatch.setattr(hub, "failures", failures)
+    repo_ids = ["org/uploading", "org/committing", "org/silent"]
+
+    outcomes = tacq(*(["push", sharded, repo_id] for repo_id in repo_ids))
+
+    for repo_id, outcome in zip(repo_ids, outcomes, strict=True):
+        assert_one_line(outcome, f"tacq: {repo_id}: ")
+        assert outcome.stderr.endswith(
+            "the same command goes on where this one stopped\n"
+        )
+        assert hub.repos[repo_id].files().keys() == {".gitattributes"}
+    assert "503" in outcomes[0].stderr
+    assert "500" in outcomes[1].stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [("ro", "Read-only file system"), ("size=4k", "No space left on device")],
+)
+def test_a_cache_that_takes_nothing(
+    hub: Hub,
+    tacq: Tacq,
+    sharded: Path,
+    mount: Callable[..., Path],
+    options: str,
+    reason: str,
+) -> None:
+    """The card that is published is read through it."""
+    card = b"Of a person.\n" * 1000
+    hub.add("org/uncached", {CARD_NAME: card})
+
+    (outcome,) = tacq(["push", sharded, "org/uncached"], HF_HOME=str(mount(options)))
+
+    *_, line = outcome.stderr.splitlines()
+    assert outcome.exit_code == 2
+    assert line.startswith("tacq: org/uncached: ")
+    assert reason in line
+    assert "Traceback" not in outcome.stderr
+    assert hub.repos["org/uncached"].files() == {CARD_NAME: card}
 
 
 def test_a_second_push_keeps_what_a_person_added(

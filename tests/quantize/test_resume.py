@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from tacq_vllm.cli import app
 from tacq_vllm.config import Recipe, override_recipe
 from tacq_vllm.format.validation import find_faults
+from tacq_vllm.quantize import passes
 from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.layerwise import REPORT_FIELDS
 from tacq_vllm.quantize.model import BaseModel
 from tests.builders import quantize_arguments, truncate
 from tests.conftest import (
@@ -216,6 +218,21 @@ def test_plain_gptq_finds_the_first_pass_of_tacq(
     assert recorder.phases == {"export": 1}
     assert recorder.notes == [FOUND["calibration"], FOUND["quantization"]]
     assert found == run_afresh(tiny_base, other, tmp_path)
+
+
+def test_reports_of_another_version_are_not_read(
+    tiny_base: BaseModel,
+    recipe: Recipe,
+    finished: Path,
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passes, "REPORT_FIELDS", [*REPORT_FIELDS, "another"])
+    recorder = Recorder()
+
+    assert run(tiny_base, recipe, work, recorder) == contents(finished / "out")
+    assert list(recorder.phases) == ["plain quantization", "quantization", "export"]
+    assert "gptq: computed anew: report changed" in recorder.notes
 
 
 def test_another_text_finds_nothing(

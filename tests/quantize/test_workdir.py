@@ -4,16 +4,16 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from tacq_vllm.quantize import workdir
+from tacq_vllm.format import staging
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.workdir import (
     PhaseFolder,
     WorkDir,
     fingerprint,
     open_workdir,
-    staged_folder,
 )
 from tacq_vllm.quantize.world import World
+from tests.builders import truncate
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_file_counts_only_when_it_is_whole(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(workdir.os, "replace", stop)
+        patch.setattr(staging.os, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
             phase_folder.save("sums", {"a": torch.ones(1)})
 
@@ -138,6 +138,15 @@ def test_of_earlier_runs_the_nearest_is_told(work: WorkDir) -> None:
     assert work.differences("gptq", depends) == ["bits was 4, is 2"]
 
 
+def test_an_earlier_run_that_a_crash_has_cut_is_not_told(work: WorkDir) -> None:
+    path = work.phase("gptq", {"bits": 3}).folder / "depends.json"
+    truncate(path, 4)
+
+    assert work.differences("gptq", {"bits": 2}) == []
+    assert work.phase("gptq", {"bits": 3}).is_empty
+    assert work.differences("gptq", {"bits": 2}) == ["bits was 3, is 2"]
+
+
 def test_a_work_folder_of_the_user_stays(tmp_path: Path) -> None:
     with open_workdir(tmp_path / "work", tmp_path / "out", World()) as work:
         folder = work.phase("gptq", {}).folder
@@ -189,37 +198,3 @@ def test_only_the_leader_removes_the_hidden_folder(tmp_path: Path) -> None:
         assert work.folder.is_dir()
 
     assert not work.folder.exists()
-
-
-def test_a_staged_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
-    final = tmp_path / "new" / "out"
-
-    with staged_folder(final) as staging:
-        (staging / "file").write_text("data")
-        assert not final.exists()
-
-    assert (final / "file").read_text() == "data"
-    assert [path.name for path in final.parent.iterdir()] == ["out"]
-
-
-def test_a_staged_folder_goes_when_the_body_fails(tmp_path: Path) -> None:
-    def fail() -> None:
-        with staged_folder(tmp_path / "out") as staging:
-            (staging / "file").write_text("data")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-
-    assert not list(tmp_path.iterdir())
-
-
-def test_leftovers_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "old").write_text("old")
-
-    with staged_folder(tmp_path / "out") as staging:
-        assert not list(staging.iterdir())
-        (staging / "file").write_text("data")
-
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]

@@ -1,5 +1,6 @@
 """Small trainings."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from tacq_vllm.recover.config import RecoverConfig
 from tacq_vllm.recover.pipeline import recover_checkpoint
 
 STEPS = 6
+
+Run = Callable[..., Path]
+"""Trains a checkpoint and gives the folder that comes of it."""
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +59,20 @@ def train(
         lambda folder, schema: rewrite_model_card(folder, schema, checkpoint),
     )
     return output
+
+
+@pytest.fixture
+def run(tiny_model: Path, tiny_training: RecoverConfig, tmp_path: Path) -> Run:
+    """Training towards the tiny model, with one work folder."""
+
+    def train_it(
+        checkpoint: Path,
+        listener: Listener | None = None,
+        base: Path | None = tiny_model,
+        name: str = "out",
+        **choices: Any,
+    ) -> Path:
+        output, work = tmp_path / name, tmp_path / "work"
+        return train(checkpoint, base, tiny_training, output, work, listener, **choices)
+
+    return train_it

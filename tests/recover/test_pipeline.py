@@ -1,9 +1,11 @@
 """Whole trainings: what they give, and what they refuse."""
 
 import json
-import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +26,8 @@ from tacq_vllm.recover import trainer
 from tacq_vllm.recover.config import RecoverConfig
 from tacq_vllm.recover.student import Student
 from tests.builders import put, replace, rewrite_tensors
-from tests.conftest import (
-    Recorder,
-    TinyLlama,
-    make_text,
-    quick,
-    run_pipeline,
-)
-from tests.recover.conftest import STEPS, train
+from tests.conftest import Recorder, TinyLlama, make_text, quick, run_pipeline
+from tests.recover.conftest import STEPS, Run, train
 
 LINEARS = 14
 
@@ -76,6 +72,11 @@ def trained(
             train_outliers=True,
         )
     return output, students[0], recorder
+
+
+@pytest.fixture
+def run_two_bits(run: Run, two_bits: Path) -> Run:
+    return partial(run, two_bits)
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
@@ -142,22 +143,9 @@ def test_what_was_trained_is_what_transformers_loads(
 
 @pytest.mark.parametrize("train_what", ["magnitude", "lora"])
 def test_each_part_alone_wins_something_back(
-    two_bits: Path,
-    tiny_model: Path,
-    tiny_training: RecoverConfig,
-    tmp_path: Path,
-    train_what: str,
+    two_bits: Path, run_two_bits: Run, train_what: str
 ):
-    output = train(
-        two_bits,
-        tiny_model,
-        tiny_training,
-        tmp_path / "out",
-        tmp_path / "work",
-        budget=10,
-        train=train_what,
-        lora_lr=5e-2,
-    )
+    output = run_two_bits(budget=10, train=train_what, lora_lr=5e-2)
 
     assert held_out(output)[-1] < 0.98 * held_out(output)[0]
     with CheckpointReader(two_bits) as old, CheckpointReader(output) as new:
@@ -167,21 +155,12 @@ def test_each_part_alone_wins_something_back(
 
 
 def test_without_a_base_it_trains_what_the_checkpoint_stands_for(
-    two_bits: Path, tiny_training: RecoverConfig, tmp_path: Path
+    two_bits: Path, run_two_bits: Run, tmp_path: Path
 ):
     recorder = Recorder()
-    output = train(
-        two_bits, None, tiny_training, tmp_path / "out", tmp_path / "w", recorder
-    )
+    output = run_two_bits(recorder, base=None)
     export_dequantized(two_bits, tmp_path / "dense", Progress())
-    with_it = train(
-        two_bits,
-        tmp_path / "dense",
-        tiny_training,
-        tmp_path / "out2",
-        tmp_path / "w2",
-        distill=0.0,
-    )
+    with_it = run_two_bits(base=tmp_path / "dense", name="with", distill=0.0)
 
     assert "no base model: nothing is distilled" in recorder.notes
     assert recorder.phases == {"training": STEPS, "export": LINEARS}
@@ -192,61 +171,28 @@ def test_without_a_base_it_trains_what_the_checkpoint_stands_for(
     assert recover["distill"] == 0.0
 
 
-def test_text_that_the_model_writes_itself(
-    two_bits: Path, tiny_training: RecoverConfig, tmp_path: Path
-):
+def test_text_that_the_model_writes_itself(run_two_bits: Run):
     choices = {"calibration.sources": ("self",), "calibration.num_samples": 4}
     recorder = Recorder()
 
-    train(
-        two_bits,
-        None,
-        tiny_training,
-        tmp_path / "out",
-        tmp_path / "w",
-        recorder,
-        budget=1,
-        **choices,
-    )
+    run_two_bits(recorder, base=None, budget=1, **choices)
 
     assert recorder.phases["self-generation"] == 4
 
 
-def test_prompts_do_not_count(
-    two_bits: Path,
-    tiny_model: Path,
-    tiny_training: RecoverConfig,
-    task_file: Path,
-    tmp_path: Path,
-):
-    choices = {"calibration.sources": (str(task_file),)}
-
+def test_prompts_do_not_count(run_two_bits: Run, task_file: Path):
     def first(loss: str) -> list[float]:
-        output = train(
-            two_bits,
-            tiny_model,
-            tiny_training,
-            tmp_path / loss,
-            tmp_path / "work",
-            budget=1,
-            **choices,
-            **{"calibration.loss": loss},
-        )
-        return held_out(output)
+        choices = {"calibration.sources": (str(task_file),), "calibration.loss": loss}
+        return held_out(run_two_bits(name=loss, budget=1, **choices))
 
     assert first("all")[0] != first("completion")[0]
 
 
 def test_it_stops_where_the_held_out_loss_gets_no_better(
-    two_bits: Path, tiny_model: Path, tiny_training: RecoverConfig, tmp_path: Path
+    two_bits: Path, run_two_bits: Run
 ):
     recorder = Recorder()
-    output = train(
-        two_bits,
-        tiny_model,
-        tiny_training,
-        tmp_path / "out",
-        tmp_path / "work",
+    output = run_two_bits(
         recorder,
         budget=50,
         evaluate_every=1,
@@ -265,19 +211,8 @@ def test_it_stops_where_the_held_out_loss_gets_no_better(
         assert all(torch.equal(old.load(name), new.load(name)) for name in old)
 
 
-def test_minutes_end_a_training(
-    two_bits: Path, tiny_model: Path, tiny_training: RecoverConfig, tmp_path: Path
-):
-    output = train(
-        two_bits,
-        tiny_model,
-        tiny_training,
-        tmp_path / "out",
-        tmp_path / "work",
-        Recorder(),
-        budget=0.03,
-        budget_unit="minutes",
-    )
+def test_minutes_end_a_training(run_two_bits: Run):
+    output = run_two_bits(Recorder(), budget=0.03, budget_unit="minutes")
 
     rows = losses(output)
     assert len(rows) > 3
@@ -285,122 +220,64 @@ def test_minutes_end_a_training(
     assert rows[-2]["seconds"] < 0.03 * 60 + 1
 
 
-def test_epochs_end_a_training(
-    two_bits: Path, tiny_model: Path, tiny_training: RecoverConfig, tmp_path: Path
-):
-    output = train(
-        two_bits,
-        tiny_model,
-        tiny_training,
-        tmp_path / "out",
-        tmp_path / "work",
-        budget=1,
-        budget_unit="epochs",
-    )
+def test_epochs_end_a_training(run_two_bits: Run):
+    output = run_two_bits(budget=1, budget_unit="epochs")
 
     # 15 windows of 32 tokens, 4 to a step; the 16th is held out.
     assert len(losses(output)) == 1 + 4
 
 
-def test_a_picture_needs_an_extra(
-    two_bits: Path, tiny_training: RecoverConfig, tmp_path: Path, monkeypatch
-):
+def test_a_picture_needs_an_extra(run_two_bits: Run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     recorder = Recorder()
 
-    output = train(
-        two_bits,
-        None,
-        tiny_training,
-        tmp_path / "o",
-        tmp_path / "w",
-        recorder,
-        budget=1,
-    )
+    output = run_two_bits(recorder, base=None, budget=1)
 
     assert not (output / "loss.png").exists()
     assert "tacq-vllm[plots]" in recorder.notes[-1]
     assert find_faults(output) == []
 
 
-def refused(
-    reason: str, kind: type[Exception], tmp_path: Path, *arguments: object, **c: object
-) -> None:
-    """Training is refused before anything is written."""
-    with pytest.raises(kind, match=reason):
-        train(*arguments, tmp_path / "out", tmp_path / "work", **c)
-    assert not (tmp_path / "out").exists()
+@pytest.fixture
+def refused(run: Run, two_bits: Path, tmp_path: Path) -> Callable[..., None]:
+    """Training ends with a reason, and makes nothing."""
+
+    def end(
+        reason: str,
+        checkpoint: Path = two_bits,
+        kind: type[Exception] = QuantizeError,
+        **choices: Any,
+    ) -> None:
+        with pytest.raises(kind, match=reason):
+            run(checkpoint, **choices)
+        assert not (tmp_path / "out").exists()
+
+    return end
 
 
-def test_another_base_is_refused(
-    two_bits: Path,
-    tiny_model: Path,
-    tiny_llama: TinyLlama,
-    tiny_training: RecoverConfig,
-    tmp_path: Path,
-):
+def test_another_base_is_refused(refused, model_copy: Path, tiny_llama: TinyLlama):
     wider = tiny_llama(torch.bfloat16, intermediate_size=96)
-    refused(
-        r"no linear .*down_proj .* \[64, 128\]: not the model",
-        QuantizeError,
-        tmp_path,
-        two_bits,
-        wider,
-        tiny_training,
-    )
-    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
-    rewrite_tensors(
-        other, replace("model.layers.0.mlp.down_proj.weight", lambda w: -2 * w)
-    )
-    refused("too far from", QuantizeError, tmp_path, two_bits, other, tiny_training)
+    refused(r"no linear .*down_proj .* \[64, 128\]: not the model", base=wider)
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    rewrite_tensors(model_copy, replace(name, lambda w: -2 * w))
+    refused("too far from", base=model_copy)
 
 
-def test_a_damaged_checkpoint_is_refused(
-    checkpoint_copy: Path,
-    tiny_model: Path,
-    tiny_training: RecoverConfig,
-    tmp_path: Path,
-):
+def test_a_damaged_checkpoint_is_refused(refused, checkpoint_copy: Path):
     name = "model.layers.0.mlp.down_proj.scales"
     rewrite_tensors(checkpoint_copy, replace(name, put(0, float("nan"))))
 
-    refused(
-        f"{name}: a value is not finite",
-        FormatError,
-        tmp_path,
-        checkpoint_copy,
-        tiny_model,
-        tiny_training,
-    )
+    refused(f"{name}: a value is not finite", checkpoint_copy, FormatError)
 
 
-def test_text_for_one_sample_is_refused(
-    two_bits: Path, tiny_model: Path, tiny_training: RecoverConfig, tmp_path: Path
-):
+def test_text_for_one_sample_is_refused(refused, tmp_path: Path):
     text = tmp_path / "short.txt"
     text.write_text(make_text(2))
+    choices = {"calibration.sources": (str(text),), "calibration.seq_len": 64}
 
-    refused(
-        "one sample cannot be both",
-        QuantizeError,
-        tmp_path,
-        two_bits,
-        tiny_model,
-        tiny_training,
-        **{"calibration.sources": (str(text),), "calibration.seq_len": 64},
-    )
+    refused("one sample cannot be both", **choices)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(
-    two_bits: Path, tiny_model: Path, tiny_training: RecoverConfig, tmp_path: Path
-):
-    refused(
-        "the loss of step 2 is not finite",
-        QuantizeError,
-        tmp_path,
-        two_bits,
-        tiny_model,
-        tiny_training,
-        magnitude_lr=1e30,
-        warmup=0.0,
-    )
+def test_a_loss_that_is_not_finite_ends_the_run(refused):
+    refused("the loss of step 2 is not finite", magnitude_lr=1e30, warmup=0.0)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tacq_vllm.cli import app
 from tacq_vllm.recover.config import RecoverConfig
 from tests.conftest import Recorder, interrupted_at_file
-from tests.recover.conftest import STEPS, train
+from tests.recover.conftest import STEPS, Run, train
 
 PROGRAM = "from tacq_vllm.cli import main; main()"
 
@@ -46,29 +46,18 @@ def finished(
 )
 def test_it_goes_on_with_equal_results(
     tiny_checkpoint: Path,
-    tiny_model: Path,
-    tiny_training: RecoverConfig,
+    run: Run,
     finished: Path,
     tmp_path: Path,
     phase: str,
     step: int,
 ):
-    def run(listener: Recorder) -> Path:
-        return train(
-            tiny_checkpoint,
-            tiny_model,
-            tiny_training,
-            tmp_path / "out",
-            tmp_path / "work",
-            listener,
-        )
-
     with pytest.raises(KeyboardInterrupt):
-        run(Recorder(phase, step))
+        run(tiny_checkpoint, Recorder(phase, step))
     assert [path.name for path in tmp_path.iterdir()] == ["work"]
     recorder = Recorder()
 
-    assert contents(run(recorder)) == contents(finished / "out")
+    assert contents(run(tiny_checkpoint, recorder)) == contents(finished / "out")
     if phase == "training":
         # State is kept at every second step, and when all are done.
         kept = step // 2 * 2
@@ -78,40 +67,21 @@ def test_it_goes_on_with_equal_results(
 
 @pytest.mark.parametrize("count", [3, 10, 40, 41, 43, 45])
 def test_it_goes_on_after_a_file_that_was_not_finished(
-    tiny_checkpoint: Path,
-    tiny_model: Path,
-    tiny_training: RecoverConfig,
-    finished: Path,
-    tmp_path: Path,
-    count: int,
+    tiny_checkpoint: Path, run: Run, finished: Path, count: int
 ):
-    arguments = (tiny_checkpoint, tiny_model, tiny_training)
     with interrupted_at_file(count):
-        train(*arguments, tmp_path / "out", tmp_path / "work")
+        run(tiny_checkpoint)
 
-    again = train(*arguments, tmp_path / "out", tmp_path / "work")
-
-    assert contents(again) == contents(finished / "out")
+    assert contents(run(tiny_checkpoint)) == contents(finished / "out")
 
 
 def test_a_second_run_only_exports(
-    tiny_checkpoint: Path,
-    tiny_model: Path,
-    tiny_training: RecoverConfig,
-    finished: Path,
-    tmp_path: Path,
+    tiny_checkpoint: Path, run: Run, finished: Path, tmp_path: Path
 ):
     shutil.copytree(finished / "work", tmp_path / "work")
     recorder = Recorder()
 
-    output = train(
-        tiny_checkpoint,
-        tiny_model,
-        tiny_training,
-        tmp_path / "out",
-        tmp_path / "work",
-        recorder,
-    )
+    output = run(tiny_checkpoint, recorder)
 
     assert contents(output) == contents(finished / "out")
     assert recorder.phases == {"export": 14}
@@ -121,24 +91,12 @@ def test_a_second_run_only_exports(
 
 
 def test_other_choices_find_the_text_and_the_teacher(
-    tiny_checkpoint: Path,
-    tiny_model: Path,
-    tiny_training: RecoverConfig,
-    finished: Path,
-    tmp_path: Path,
+    tiny_checkpoint: Path, run: Run, finished: Path, tmp_path: Path
 ):
     shutil.copytree(finished / "work", tmp_path / "work")
     recorder = Recorder()
 
-    train(
-        tiny_checkpoint,
-        tiny_model,
-        tiny_training,
-        tmp_path / "out",
-        tmp_path / "work",
-        recorder,
-        rank=2,
-    )
+    run(tiny_checkpoint, recorder, rank=2)
 
     assert recorder.phases == {"training": STEPS, "export": 14}
     assert recorder.notes[:2] == [

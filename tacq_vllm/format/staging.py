@@ -1,0 +1,45 @@
+"""Files and folders that get their names when they are whole."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PARTIAL = ".partial"
+
+
+@contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """A name beside `final`, renamed to it when the body has written a file there."""
+    staging = final.with_name(final.name + _PARTIAL)
+    try:
+        yield staging
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    os.replace(staging, final)
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """A hidden folder beside `final`, renamed to it when the body has succeeded."""
+    staging = final.parent / f".{final.name}{_PARTIAL}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    os.replace(staging, final)
+
+
+@contextmanager
+def passing_folder(folder: Path) -> Iterator[None]:
+    """What the body makes there goes with it, as does what a killed one has left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
