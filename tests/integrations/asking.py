@@ -1,6 +1,7 @@
 """Asking vLLM in processes of its own, and Transformers for what it should say."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,12 @@ class Answer:
     def log_lines(self) -> list[str]:
         """Those of the plugin."""
         return [line for line in self.log.splitlines() if "] tacq: " in line]
+
+    def count(self, counter: str) -> int:
+        """What one of vLLM's counters says, when the tokens are made."""
+        found = re.search(rf"^vllm:{counter} (\d+)$", self.log, re.MULTILINE)
+        assert found is not None, self.log[-4000:]
+        return int(found[1])
 
 
 class Worker:

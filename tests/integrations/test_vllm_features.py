@@ -31,6 +31,11 @@ SAME_TOKENS: dict[str, dict[str, Any]] = {
         "speculative_config": LOOKUP | {"num_speculative_tokens": 3}
     },
 }
+AT_WORK = {
+    "prefix caching": "prefix_cache_hits",
+    "n-gram speculation": "spec_decode_num_accepted_tokens",
+}
+"""What vLLM counts where a feature does something."""
 
 ON_A_GPU: dict[str, dict[str, Any]] = {
     "compilation and CUDA graphs": {"enforce_eager": False},
@@ -62,6 +67,8 @@ def test_the_same_tokens(
     answer = serve.ask("generate", checkpoint, options, prompts=twice)
 
     assert answer.tokens == expected * 2
+    if feature in AT_WORK:
+        assert answer.count(AT_WORK[feature]) > 0
 
 
 def test_a_tacq_model_drafts(
@@ -72,6 +79,9 @@ def test_a_tacq_model_drafts(
     answer = serve(checkpoint, speculative_config=draft | {"model": str(checkpoint)})
 
     assert answer.tokens == expected
+    # It is the model that it drafts for, which so takes all that it says.
+    drafted = answer.count("spec_decode_num_draft_tokens")
+    assert answer.count("spec_decode_num_accepted_tokens") == drafted > 0
 
 
 def test_dummy_weights(serve: Worker, checkpoint: Path) -> None:

@@ -60,7 +60,7 @@ def test_the_transformers_backend_of_vllm(
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="each rank needs a core")
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "phi3"])
 def test_two_ranks_say_the_same(
     serve: Worker, family_checkpoint: FamilyCheckpoint, family: str
 ):

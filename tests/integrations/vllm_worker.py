@@ -24,13 +24,14 @@ def generate(
     reloads: bool = False,
     sleeps: bool = False,
 ) -> None:
-    """Write the new tokens of each prompt to a file."""
+    """Write the new tokens of each prompt to a file, and log vLLM's counters."""
     if options.get("tensor_parallel_size") == 2:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
+    from vllm.v1.metrics.reader import Counter
 
-    model = open_model(folder, options)
+    model = open_model(folder, options | {"disable_log_stats": False})
     if reloads:
         model.collective_rpc("reload_weights")
     if sleeps:
@@ -44,6 +45,9 @@ def generate(
     )
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     Path(answers).write_text(json.dumps(tokens))
+    for metric in model.get_metrics():
+        if isinstance(metric, Counter):
+            print(metric.name, metric.value)
 
 
 def embed(
