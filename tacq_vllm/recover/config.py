@@ -100,8 +100,9 @@ class RecoverConfig(Section):
     )
     precision: Precision = Field(
         "auto",
-        description="Type of the products; auto: bf16 on GPUs and on CPUs with AMX, "
-        "where it is faster. Sums, norms and the trained values are in float32.",
+        description="Type of the products; auto: bf16 on GPUs and on CPUs with AMX or "
+        "AVX512-BF16, where it is faster. Sums, norms and the trained values are in "
+        "float32.",
     )
     gradient_checkpointing: bool = Field(
         True,

@@ -12,6 +12,7 @@ stopped.
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from tacq_vllm.config import override_recipe
 from tacq_vllm.convert.dequantized import export_dequantized
@@ -90,25 +91,29 @@ def recover_checkpoint(
     )
     common["tokens"] = digest(sample.tokens.numpy().tobytes() for sample in samples)
     common["scored"] = digest(sample.scored.numpy().tobytes() for sample in samples)
-    teacher = None
-    if config.distill > 0:
-        train, _ = hold_out(len(samples), config.held_out)
-        teacher = _teach(base, samples[: len(train)], common, workdir, progress, world)
-    depends = {
-        **common,
-        "checkpoint": open_weights(source).fingerprint(),
-        "quantization": digest([schema.model_dump_json()]),
-        "choices": config.model_dump(mode="json"),
-        "record": RECORD_FIELDS,
-    }
-    with world.leader_first():
-        folder = StateFolder(workdir.phase("training", depends))
-    student = open_student(base, source, schema, config)
-    trained = sum(p.numel() for p in student.trained_state().values())
-    progress.note(
-        f"{trained:,} values are trained, {student.trained_share():.2%} of the weights"
-    )
     with open_accelerator(config.precision, base.device) as accelerator:
+        teacher = None
+        if config.distill > 0:
+            train, _ = hold_out(len(samples), config.held_out)
+            taught = samples[: len(train)]
+            teacher = _teach(
+                base, taught, common, workdir, accelerator, progress, world
+            )
+        depends = {
+            **common,
+            "checkpoint": open_weights(source).fingerprint(),
+            "quantization": digest([schema.model_dump_json()]),
+            "choices": config.model_dump(mode="json"),
+            "record": RECORD_FIELDS,
+        }
+        with world.leader_first():
+            folder = StateFolder(workdir.phase("training", depends))
+        student = open_student(base, source, schema, config)
+        trained = sum(p.numel() for p in student.trained_state().values())
+        progress.note(
+            f"{trained:,} values are trained, {student.trained_share():.2%} of the "
+            "weights"
+        )
         history = Trainer(
             student,
             samples,
@@ -164,9 +169,15 @@ def _teach(
     samples: list[Sample],
     common: dict[str, object],
     workdir: WorkDir,
+    accelerator: Accelerator,
     progress: Progress,
     world: World,
 ) -> Teacher:
+    depends = {
+        **common,
+        "samples": len(samples),
+        "precision": accelerator.mixed_precision,
+    }
     with world.leader_first():
-        folder = workdir.phase(teaching.PHASE, {**common, "samples": len(samples)})
-    return run_teacher(base, samples, folder, progress, world)
+        folder = workdir.phase(teaching.PHASE, depends)
+    return run_teacher(base, samples, folder, accelerator, progress, world)

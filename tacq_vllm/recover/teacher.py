@@ -7,6 +7,7 @@ the 16-bit model's place.
 from time import perf_counter
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from tacq_vllm.quantize.blocks import BlockCalls
@@ -41,10 +42,11 @@ def run_teacher(
     base: BaseModel,
     samples: list[Sample],
     folder: PhaseFolder,
+    accelerator: Accelerator,
     progress: Progress,
     world: World,
 ) -> Teacher:
-    """Compute the states that are not in the folder yet."""
+    """Compute the states that are not in the folder yet, in accelerator's precision."""
     if _DONE in folder:
         progress.note(f"{PHASE}: taken from the work folder")
         return Teacher(folder)
@@ -68,7 +70,8 @@ def run_teacher(
                 for number in own:
                     if _hidden(index, number) in folder:
                         hidden = _load(base, folder, index, number)
-                        output = calls.run(block, index, hidden)
+                        with accelerator.autocast():
+                            output = calls.run(block, index, hidden)
                         folder.save(_hidden(index + 1, number), {"hidden": output})
                         folder.remove(_hidden(index, number))
             bar.advance(detail=base.block_name(index))

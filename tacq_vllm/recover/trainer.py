@@ -39,8 +39,7 @@ def open_accelerator(
 ) -> Iterator[Accelerator]:
     """What places the model, casts its products and adds gradients up."""
     if precision == "auto":
-        faster = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if faster else "fp32"
+        precision = "bf16" if device.type == "cuda" or _cpu_has_bf16() else "fp32"
     # Every buffer is the same in all processes, and stays so.
     handler = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(
@@ -239,6 +238,11 @@ class Trainer:
             }
             for leaf, rate in highest.items()
         ]
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies in bf16, so that it is faster than in float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _line(history: History) -> str:
