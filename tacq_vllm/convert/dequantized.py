@@ -82,9 +82,10 @@ def _write_card(folder: Path, source: Path, schema: QuantizationSchema) -> None:
     body = f"""\
 # {name}, dequantized
 
-The {len(schema.linears)} linears of the TaCQ checkpoint {name}
-({schema.code_bits:.3g} bits), written out in 16 bits by tacq-vllm {__version__}, for
-tools that do not know TaCQ: {sizes[0]} instead of {sizes[1]}. The weights are those
-that the packed checkpoint stands for, not those of the model that it was made from.
+The linears ({len(schema.linears)}) of the
+TaCQ checkpoint {name} ({schema.code_bits:.3g} bits), written out in 16 bits by
+tacq-vllm {__version__}, for tools that do not know TaCQ: {sizes[0]} instead of
+{sizes[1]}. The weights are those that the packed checkpoint stands for, not those of
+the model that it was made from.
 """
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / CARD_NAME)

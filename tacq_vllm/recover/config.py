@@ -70,7 +70,7 @@ class RecoverConfig(Section):
         "16-bit model's pass before it.",
     )
     batch_tokens: int = Field(
-        2048, ge=1, description="Tokens of a step; whole samples, one in any case."
+        1024, ge=1, description="Tokens of a step; whole samples, one in any case."
     )
     micro_tokens: int = Field(
         2048, ge=1, description="Tokens that go through the model at once."
