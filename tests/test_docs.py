@@ -25,7 +25,8 @@ def code_blocks(language: str, page: str = README) -> list[str]:
 def tacq_commands() -> list[str]:
     pages = (README, TRANSFORMERS, EVALUATE, RECOVER)
     blocks = itertools.chain.from_iterable(code_blocks("", page) for page in pages)
-    lines = (line for block in blocks for line in block.splitlines())
+    joined = (block.replace("\\\n", " ") for block in blocks)
+    lines = (line for block in joined for line in block.splitlines())
     return [line.split("#")[0] for line in lines if line.startswith("tacq ")]
 
 
