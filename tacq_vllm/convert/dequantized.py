@@ -75,17 +75,16 @@ def _model_dtype(config: dict[str, Any], schema: QuantizationSchema) -> torch.dt
 
 
 def _write_card(folder: Path, source: Path, schema: QuantizationSchema) -> None:
-    name = source.absolute().name
+    name, bits = source.absolute().name, f"{schema.code_bits:.3g}"
     with CheckpointReader(source) as packed, CheckpointReader(folder) as dense:
         sizes = [f"{reader.file_bytes / 1e6:.1f} MB" for reader in (dense, packed)]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation")
     body = f"""\
 # {name}, dequantized
 
-The linears ({len(schema.linears)}) of the
-TaCQ checkpoint {name} ({schema.code_bits:.3g} bits), written out in 16 bits by
-tacq-vllm {__version__}, for tools that do not know TaCQ: {sizes[0]} instead of
-{sizes[1]}. The weights are those that the packed checkpoint stands for, not those of
-the model that it was made from.
+The {len(schema.linears)} linears of the TaCQ checkpoint {name} ({bits} bits),
+written out in 16 bits by tacq-vllm {__version__}, for tools that do not know TaCQ:
+{sizes[0]} instead of {sizes[1]}. The weights are those that the packed
+checkpoint stands for, not those of the model that it was made from.
 """
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / CARD_NAME)

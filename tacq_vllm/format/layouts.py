@@ -28,6 +28,11 @@ def linear_specs(schema: QuantizationSchema, name: str) -> dict[str, TensorSpec]
     }
 
 
+def tensor_names(schema: QuantizationSchema) -> tuple[str, ...]:
+    """The last parts of the names of a linear's tensors, the same for every linear."""
+    return tuple(linear_specs(schema, next(iter(schema.linears))))
+
+
 def stored_bytes(schema: QuantizationSchema, name: str) -> int:
     """Bytes of all tensors of one linear."""
     return sum(spec.nbytes for spec in linear_specs(schema, name).values())

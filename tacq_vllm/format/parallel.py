@@ -43,12 +43,8 @@ def tensor_parallel_sizes(
         and all(
             _is_cut_by_columns(in_features, size, group_size, layout)
             if leaf in _CUT_BY_COLUMNS
-            # Even where nothing is cut the parts lie one after the other.
-            else all(
-                rows % (layout.row_multiple * cuts) == 0
-                for rows, cuts in _row_parts(
-                    leaf, out_features, size, num_heads, num_kv_heads
-                )
+            else _is_cut_by_rows(
+                leaf, out_features, size, num_heads, num_kv_heads, layout
             )
             for leaf, (out_features, in_features) in shapes
         )
@@ -62,6 +58,19 @@ def _is_cut_by_columns(
         in_features % (layout.column_multiple * size) == 0
         and in_features % (max(group_size, 1) * size) == 0
     )
+
+
+def _is_cut_by_rows(
+    leaf: str,
+    out_features: int,
+    size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    layout: Layout,
+) -> bool:
+    # Even where nothing is cut the parts lie one after the other.
+    parts = _row_parts(leaf, out_features, size, num_heads, num_kv_heads)
+    return all(rows % (layout.row_multiple * cuts) == 0 for rows, cuts in parts)
 
 
 def _row_parts(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tacq_vllm.format.checkpoint import CONFIG_NAME, CheckpointReader, read_schema
 from tacq_vllm.format.json_object import read_json
-from tacq_vllm.format.layouts import layout_of, linear_specs
+from tacq_vllm.format.layouts import layout_of, linear_specs, tensor_names
 from tacq_vllm.format.schema import FormatError, QuantizationSchema, printable
 from tacq_vllm.format.skeleton import Skeleton, read_skeleton
 from tacq_vllm.format.stored import StoredLinear
@@ -57,12 +57,11 @@ def check_headers(folder: Path, schema: QuantizationSchema) -> dict[str, str]:
     with CheckpointReader(folder) as reader:
         for fault in folder_faults(folder, reader, schema):
             raise FormatError(fault)
+        suffixes = tensor_names(schema)
         return {
             name: reader[name].file_name
             for linear in schema.linears
-            for name in (
-                f"{linear}.{suffix}" for suffix in linear_specs(schema, linear)
-            )
+            for name in (f"{linear}.{suffix}" for suffix in suffixes)
         }
 
 
@@ -100,11 +99,10 @@ def header_faults(
                     f"{stored.file_name}: {name} is {stored.dtype_name} "
                     f"{list(stored.shape)}, not {spec.dtype} {list(spec.shape)}"
                 )
+    known = {*tensor_names(schema), "bias"}
     for name in reader:
         linear, _, suffix = name.rpartition(".")
-        if linear not in schema.linears:
-            continue
-        if suffix not in {*linear_specs(schema, linear), "bias"}:
+        if linear in schema.linears and suffix not in known:
             kind = "clustered" if schema.layout == "clusters" else f"{schema.bits}-bit"
             yield (
                 f"{reader[name].file_name}: {name}: a {kind} linear has no such tensor"

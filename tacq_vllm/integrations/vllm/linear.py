@@ -1,6 +1,6 @@
 """The linear method: parameters on vLLM's v2 loader, and the forward pass."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from tacq_vllm.format.layouts import layout_of, linear_specs
+from tacq_vllm.format.layouts import layout_of, tensor_names
 from tacq_vllm.format.linear import PLANE_SUFFIXES
 from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS
 from tacq_vllm.format.schema import QuantizationSchema, num_groups
@@ -167,12 +167,8 @@ class TacqLinearMethod(LinearMethodBase):
         """Multiply x [..., in] with this rank's weight."""
         return stored_linear(x, layer, self.layout, bias)
 
-    @property
-    def _tensor_names(self) -> Iterable[str]:
-        return linear_specs(self.schema, self.names[0])
-
     def _packed(self, layer: torch.nn.Module) -> StoredLinear:
-        tensors = {name: getattr(layer, name) for name in self._tensor_names}
+        tensors = {name: getattr(layer, name) for name in tensor_names(self.schema)}
         return self.layout.linear(tensors, self.in_features)
 
     def _stored_tables(self, parts: list[Part], in_features: int) -> list[StoredTable]:
@@ -222,7 +218,7 @@ class TacqLinearMethod(LinearMethodBase):
                 refuse(fault_line(self.files, table.name, fault))
 
     def _check_loaded(self, layer: torch.nn.Module) -> None:
-        for name in self._tensor_names:
+        for name in tensor_names(self.schema):
             missing = self.num_parts - len(getattr(layer, name).loaded_shards)
             if missing:
                 refuse(
