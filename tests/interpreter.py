@@ -17,7 +17,7 @@ def interpret_triton() -> None:
     if DEVICE.type == "cuda" or importlib.util.find_spec("triton") is None:
         return
     with interpreted():
-        from tacq_vllm.kernels import triton_clusters, triton_linear  # noqa: F401
+        from tacq_vllm.kernels import triton_linear  # noqa: F401
     _mend_products()
 
 

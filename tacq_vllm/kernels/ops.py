@@ -3,7 +3,7 @@
 | device | kernel |
 | --- | --- |
 | x86 CPU, where numba is installed | `cpu_linear`: 8-bit activations, or exact |
-| NVIDIA GPU, where Triton is installed | `triton_linear`, or `triton_clusters` |
+| NVIDIA GPU, where Triton is installed | `triton_linear` |
 | else | `reference`, in blocks of rows |
 """
 
@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import platform
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,22 +21,20 @@ from tacq_vllm.format.linear import PackedLinear, PlanesLayout
 from tacq_vllm.format.stored import Layout, StoredLinear
 from tacq_vllm.kernels.reference import linear_backward, linear_forward
 
-Linear = TypeVar("Linear", bound=StoredLinear, contravariant=True)
 
+class Kernels(Protocol):
+    """What a module of kernels has for one kind of device and weights of any layout."""
 
-class Kernels(Protocol[Linear]):
-    """What a module of kernels has for one kind of device and one layout."""
-
-    def supports(self, packed: Linear, x_dtype: torch.dtype) -> bool:
+    def supports(self, linear: Any, x_dtype: torch.dtype) -> bool:
         """Whether the kernels multiply weights like these with x of a type."""
 
-    def kernel_name(self, packed: Linear, x_dtype: torch.dtype) -> str:
+    def kernel_name(self, linear: Any, x_dtype: torch.dtype) -> str:
         """Which of them does it."""
 
-    def multiply(self, x: Tensor, packed: Linear, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, linear: Any, bias: Tensor | None) -> Tensor:
         """Multiply x [..., in] with the weight: [..., out], in the type of x."""
 
-    def warm_up(self, packed: Linear, x_dtype: torch.dtype) -> None:
+    def warm_up(self, linear: Any, x_dtype: torch.dtype) -> None:
         """Compile what weights like these and x of a type need."""
 
 
@@ -64,7 +62,7 @@ def _register(
     def forward(x: Tensor, *rest: Any) -> Tensor:
         *stored, bias = rest[:bias_at]
         packed = linear(*stored, *rest[bias_at:], x.shape[-1])
-        kernels = _kernels(x.device.type, type(packed))
+        kernels = _kernels(x.device.type)
         if kernels is not None and x.numel() and kernels.supports(packed, x.dtype):
             return kernels.multiply(x, packed, bias)
         return linear_forward(x, packed, bias)
@@ -164,33 +162,31 @@ def stored_linear(
 
 def prepare(packed: StoredLinear, x_dtype: torch.dtype) -> None:
     """Compile, at load, the kernels that a linear will use for x of a type."""
-    kernels = _kernels(packed.scales.device.type, type(packed))
+    kernels = _kernels(packed.scales.device.type)
     if kernels is not None:
         kernels.warm_up(packed, x_dtype)
 
 
 def kernel_name(packed: StoredLinear, x_dtype: torch.dtype) -> str:
     """What will multiply these weights with x of a type, on their device."""
-    kernels = _kernels(packed.scales.device.type, type(packed))
+    kernels = _kernels(packed.scales.device.type)
     if kernels is None or not kernels.supports(packed, x_dtype):
         return "reference"
     return kernels.kernel_name(packed, x_dtype)
 
 
 @functools.cache
-def _kernels(device_type: str, kind: type[StoredLinear]) -> Kernels[Any] | None:
-    """The kernels of a device for a layout, where they can run; slow to import."""
-    kernels: dict[type[StoredLinear], Kernels[Any]] = {}
+def _kernels(device_type: str) -> Kernels | None:
+    """The kernels of a kind of device, where they can run; they are slow to import."""
     if device_type == "cpu" and platform.machine() == "x86_64" and _installed("numba"):
         from tacq_vllm.kernels import cpu_linear
 
-        if cpu_linear.available():
-            kernels = {PackedLinear: cpu_linear, ClusteredLinear: cpu_linear}
+        return cpu_linear if cpu_linear.available() else None
     if device_type == "cuda" and torch.version.cuda and _installed("triton"):
-        from tacq_vllm.kernels import triton_clusters, triton_linear
+        from tacq_vllm.kernels import triton_linear
 
-        kernels = {PackedLinear: triton_linear, ClusteredLinear: triton_clusters}
-    return kernels.get(kind)
+        return triton_linear
+    return None
 
 
 def _installed(package: str) -> bool:

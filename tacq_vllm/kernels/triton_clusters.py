@@ -4,11 +4,8 @@
 | --- | --- |
 | up to 8 | `triton_cluster_gemv`: one launch |
 | more | `triton_cluster_dequantize` into a workspace, then PyTorch's product |
-
-Nothing is added across programs by atomics: the same inputs give the same bits.
 """
 
-import torch
 import triton
 from torch import Tensor
 
@@ -18,40 +15,21 @@ from tacq_vllm.kernels.triton_cluster_codes import HALF, code_table
 from tacq_vllm.kernels.triton_cluster_dequantize import cluster_dequantize_kernel
 from tacq_vllm.kernels.triton_cluster_gemv import cluster_gemv_kernel
 from tacq_vllm.kernels.triton_dense import dense_product
-from tacq_vllm.kernels.triton_tuning import Tuning, gpu_class, tuning_for
+from tacq_vllm.kernels.triton_tuning import Tuning
 
 MAX_GEMV_TOKENS = 8
 
-
-def supports(linear: ClusteredLinear, x_dtype: torch.dtype) -> bool:
-    """Whether the kernels multiply weights like these with x of a type."""
-    return x_dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
-        tensor.is_contiguous() for tensor in linear.tensors().values()
-    )
+CLUSTERS_TOKEN_COUNTS: tuple[int, ...] = (1, 2, 4, MAX_GEMV_TOKENS, MAX_GEMV_TOKENS + 1)
+"""Numbers of tokens that between them need every kernel."""
 
 
-def kernel_name(linear: ClusteredLinear, x_dtype: torch.dtype) -> str:
-    """All of them do it, by the number of tokens."""
-    return "triton"
-
-
-def multiply(x: Tensor, linear: ClusteredLinear, bias: Tensor | None) -> Tensor:
-    """Multiply x [..., in] with the weight: [..., out], in the type of x."""
-    tokens = x.reshape(-1, linear.in_features).contiguous()
-    tuning = tuning_for(gpu_class(x.device))
-    with torch.cuda.device_of(x):
-        if tokens.shape[0] <= MAX_GEMV_TOKENS:
-            out = _gemv(tokens, linear, bias, tuning)
-        else:
-            out = _dense(tokens, linear, bias, tuning)
-    return out.view(*x.shape[:-1], linear.out_features)
-
-
-def warm_up(linear: ClusteredLinear, x_dtype: torch.dtype) -> None:
-    """Compile the kernels for weights like these, so that no request waits for it."""
-    for tokens in (1, 2, 4, MAX_GEMV_TOKENS, MAX_GEMV_TOKENS + 1):
-        x = linear.qweight.new_zeros(tokens, linear.in_features, dtype=x_dtype)
-        multiply(x, linear, None)
+def clusters_product(
+    x: Tensor, linear: ClusteredLinear, bias: Tensor | None, tuning: Tuning
+) -> Tensor:
+    """Multiply x [tokens, in], contiguous, with the weight: [tokens, out]."""
+    if x.shape[0] <= MAX_GEMV_TOKENS:
+        return _gemv(x, linear, bias, tuning)
+    return _dense(x, linear, bias, tuning)
 
 
 def _gemv(

@@ -1,189 +1,50 @@
-"""The linear on an NVIDIA GPU, in Triton.
-
-| tokens | way |
-| --- | --- |
-| 1 | `triton_gemv`: one launch |
-| up to `gemm_tokens` of the tuning table | `triton_gemm`: tensor cores |
-| more | `triton_dequantize` into a workspace, then PyTorch's product |
+"""The linear on an NVIDIA GPU, in Triton: `triton_planes` or `triton_clusters`.
 
 Nothing is added across programs by atomics: the same inputs give the same bits.
 """
 
 import torch
-import triton
 from torch import Tensor
 
+from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS
-from tacq_vllm.kernels.triton_dense import dense_product
-from tacq_vllm.kernels.triton_dequantize import dequantize_kernel
-from tacq_vllm.kernels.triton_gemm import gemm_kernel
-from tacq_vllm.kernels.triton_gemv import gemv_kernel
-from tacq_vllm.kernels.triton_tuning import Tile, Tuning, gpu_class, tuning_for
+from tacq_vllm.kernels.triton_clusters import CLUSTERS_TOKEN_COUNTS, clusters_product
+from tacq_vllm.kernels.triton_planes import planes_product, planes_token_counts
+from tacq_vllm.kernels.triton_tuning import gpu_class, tuning_for
 
 
-def supports(packed: PackedLinear, x_dtype: torch.dtype) -> bool:
+def supports(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> bool:
     """Whether the kernels multiply weights like these with x of a type."""
     return x_dtype in (torch.float32, torch.bfloat16, torch.float16) and all(
-        tensor.is_contiguous() for tensor in packed.tensors().values()
+        tensor.is_contiguous() for tensor in linear.tensors().values()
     )
 
 
-def kernel_name(packed: PackedLinear, x_dtype: torch.dtype) -> str:
+def kernel_name(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> str:
     """All of them do it, by the number of tokens."""
     return "triton"
 
 
-def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
+def multiply(
+    x: Tensor, linear: PackedLinear | ClusteredLinear, bias: Tensor | None
+) -> Tensor:
     """Multiply x [..., in] with the weight: [..., out], in the type of x."""
-    tokens = x.reshape(-1, packed.in_features).contiguous()
+    tokens = x.reshape(-1, linear.in_features).contiguous()
     tuning = tuning_for(gpu_class(x.device))
     with torch.cuda.device_of(x):
-        if tokens.shape[0] == 1:
-            out = _gemv(tokens, packed, bias, tuning)
-        elif tokens.shape[0] <= tuning.gemm_tokens:
-            out = _gemm(tokens, packed, bias, tuning)
+        if isinstance(linear, ClusteredLinear):
+            out = clusters_product(tokens, linear, bias, tuning)
         else:
-            out = _dense(tokens, packed, bias, tuning)
-    return out.view(*x.shape[:-1], packed.out_features)
+            out = planes_product(tokens, linear, bias, tuning)
+    return out.view(*x.shape[:-1], linear.out_features)
 
 
-def warm_up(packed: PackedLinear, x_dtype: torch.dtype) -> None:
+def warm_up(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> None:
     """Compile the kernels for weights like these, so that no request waits for it."""
-    tuning = tuning_for(gpu_class(packed.qweight.device))
-    tiles = (tile.tokens for tile in tuning.gemm)
-    for tokens in (1, *tiles, tuning.gemm_tokens + 1):
-        x = packed.qweight.new_zeros(tokens, packed.in_features, dtype=x_dtype)
-        multiply(x, packed, None)
-
-
-def _gemv(
-    x: Tensor, packed: PackedLinear, bias: Tensor | None, tuning: Tuning
-) -> Tensor:
-    tile, words = tuning.gemv, _words(tuning.gemv, packed)
-    out = x.new_empty(1, packed.out_features)
-    gemv_kernel[triton.cdiv(packed.out_features, tile.rows),](
-        x,
-        *_planes(packed),
-        bias,
-        out,
-        packed.out_features,
-        packed.in_features,
-        packed.qweight.shape[1],
-        packed.scales.shape[1],
-        1,
-        GROUP_WORDS=_group_words(packed),
-        BITS=packed.bits,
-        EXACT=x.dtype == torch.float32,
-        HAS_BIAS=bias is not None,
-        ROWS=tile.rows,
-        WORDS=words,
-        ENTRIES=tile.entries,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    return out
-
-
-def _gemm(
-    x: Tensor, packed: PackedLinear, bias: Tensor | None, tuning: Tuning
-) -> Tensor:
-    tile = next(tile for tile in tuning.gemm if tile.serves(x.shape[0]))
-    tokens, num_words = x.shape[0], packed.qweight.shape[1]
-    words = _words(tile, packed)
-    grid = (
-        triton.cdiv(packed.out_features, tile.rows),
-        triton.cdiv(tokens, tile.tokens),
-    )
-    steps = triton.cdiv(num_words, words)
-    splits = min(steps, max(1, tuning.programs // (grid[0] * grid[1])))
-    out = x.new_empty(
-        splits,
-        tokens,
-        packed.out_features,
-        dtype=x.dtype if splits == 1 else torch.float32,
-    )
-    gemm_kernel[*grid, splits](
-        x,
-        *_planes(packed),
-        bias,
-        out,
-        tokens,
-        packed.out_features,
-        packed.in_features,
-        num_words,
-        packed.scales.shape[1],
-        triton.cdiv(steps, splits) * words,
-        GROUP_WORDS=_group_words(packed),
-        BITS=packed.bits,
-        HAS_BIAS=bias is not None and splits == 1,
-        ROWS=tile.rows,
-        TOKENS=tile.tokens,
-        WORDS=words,
-        ENTRIES=tile.entries,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    if splits == 1:
-        return out[0]
-    total = out.sum(0)
-    return (total if bias is None else total + bias).to(x.dtype)
-
-
-def _dense(
-    x: Tensor, packed: PackedLinear, bias: Tensor | None, tuning: Tuning
-) -> Tensor:
-    def dequantize(start: int, stop: int) -> Tensor:
-        return _dequantize(packed, x.dtype, start, stop, tuning)
-
-    return dense_product(
-        x, bias, packed.out_features, tuning.dequantize.rows, dequantize
-    )
-
-
-def _dequantize(
-    packed: PackedLinear, dtype: torch.dtype, start: int, stop: int, tuning: Tuning
-) -> Tensor:
-    tile, words = tuning.dequantize, _words(tuning.dequantize, packed)
-    out = packed.qweight.new_empty(stop - start, packed.in_features, dtype=dtype)
-    dequantize_kernel[triton.cdiv(stop - start, tile.rows),](
-        *_planes(packed),
-        out,
-        start,
-        stop,
-        packed.out_features,
-        packed.in_features,
-        packed.qweight.shape[1],
-        packed.scales.shape[1],
-        GROUP_WORDS=_group_words(packed),
-        BITS=packed.bits,
-        ROWS=tile.rows,
-        WORDS=words,
-        ENTRIES=tile.entries,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
-    return out
-
-
-def _planes(packed: PackedLinear) -> tuple[Tensor | None, ...]:
-    return (
-        packed.qweight,
-        packed.qweight_high,
-        packed.scales,
-        packed.qzeros,
-        packed.qzeros_high,
-        packed.outliers,
-    )
-
-
-def _words(tile: Tile, packed: PackedLinear) -> int:
-    """Words of the low plane that hold a tile's columns."""
-    return tile.columns * PLANE_WIDTHS[packed.bits][0] // WORD_BITS
-
-
-def _group_words(packed: PackedLinear) -> int:
-    """Words of the low plane that share a scale."""
-    groups = packed.scales.shape[1]
-    return packed.qweight.shape[1] // groups
+    if isinstance(linear, ClusteredLinear):
+        counts = CLUSTERS_TOKEN_COUNTS
+    else:
+        counts = planes_token_counts(tuning_for(gpu_class(linear.qweight.device)))
+    for tokens in counts:
+        x = linear.qweight.new_zeros(tokens, linear.in_features, dtype=x_dtype)
+        multiply(x, linear, None)

@@ -41,7 +41,7 @@ def test_every_number_of_tokens(bits: int, tokens: int) -> None:
 def test_without_numba_the_reference_serves(
     monkeypatch: pytest.MonkeyPatch, tokens: int, in_features: int
 ) -> None:
-    monkeypatch.setattr(ops, "_kernels", lambda device_type, kind: None)
+    monkeypatch.setattr(ops, "_kernels", lambda device_type: None)
     packed, _ = random_linear(3, 24, in_features, 16, 0.03, torch.float16, 1)
     x = random_input(tokens, in_features)
 
@@ -55,11 +55,11 @@ def test_the_name_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = random_linear(3, 24, 64, 32, 0.03, torch.bfloat16, 0)
     odd, _ = random_linear(3, 24, 48, 16, 0.03, torch.bfloat16, 0)
 
-    if ops._kernels("cpu", PackedLinear):
+    if ops._kernels("cpu"):
         assert kernel_name(packed, torch.float32) == "cpu exact"
         assert kernel_name(packed, torch.bfloat16).startswith("cpu int8 ")
     assert kernel_name(odd, torch.bfloat16) == "reference"
-    monkeypatch.setattr(ops, "_kernels", lambda device_type, kind: None)
+    monkeypatch.setattr(ops, "_kernels", lambda device_type: None)
     assert kernel_name(packed, torch.bfloat16) == "reference"
 
 

@@ -1,43 +1,27 @@
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.clusters import CLUSTER, unpack_clusters
 from tacq_vllm.kernels import triton_dense
 from tests.builders import assert_is_product, random_input
 from tests.clusters import random_clustered
-from tests.interpreter import DEVICE, interpreted
+from tests.interpreter import DEVICE
+from tests.kernels.gpu import kernel, multiply, to_device
 
-kernel = pytest.importorskip("tacq_vllm.kernels.triton_clusters", reason="needs Triton")
+cluster_codes = pytest.importorskip(
+    "tacq_vllm.kernels.triton_cluster_codes", reason="needs Triton"
+)
 
 X_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EVERY_WAY = [1, 3, 8, 12]
 """Tokens: for each kernel, and a tile that is not full."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def interpreter() -> Iterator[None]:
-    with interpreted():
-        yield
-
-
-def to_device(linear: ClusteredLinear) -> ClusteredLinear:
-    return replace(linear, **{n: t.to(DEVICE) for n, t in linear.tensors().items()})
-
-
-def multiply(x: Tensor, linear: ClusteredLinear, bias: Tensor | None = None) -> Tensor:
-    linear = to_device(linear)
-    assert kernel.supports(linear, x.dtype)
-    out: Tensor = kernel.multiply(
-        x.to(DEVICE), linear, None if bias is None else bias.to(DEVICE)
-    )
-    return out.cpu()
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 @given(
@@ -127,7 +111,7 @@ def test_a_weight_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_table_has_every_cluster() -> None:
     """An entry is what the format says of a cluster with its number's bits."""
     words = torch.zeros(1, 7, dtype=torch.int32)
-    for number, entry in enumerate(kernel.code_table(DEVICE).tolist()):
+    for number, entry in enumerate(cluster_codes.code_table(DEVICE).tolist()):
         words[0, 0], words[0, 6] = number % 64, number // 64
         codes = unpack_clusters(words, CLUSTER).codes[0].tolist()
         assert [(entry >> 8 * place) - 4 & 7 for place in range(3)] == [

@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tacq_vllm.format.linear import PackedLinear, slice_columns, slice_rows
 from tacq_vllm.kernels import triton_dense
 from tacq_vllm.kernels.reference import dequantize
 from tests.builders import assert_is_product, random_input, random_linear
-from tests.interpreter import DEVICE, interpreted
-
-kernel = pytest.importorskip("tacq_vllm.kernels.triton_linear", reason="needs Triton")
+from tests.kernels.gpu import kernel, multiply, to_device
 
 BITS = [2, 3, 4]
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
@@ -26,24 +22,7 @@ EVERY_WAY = [1, 2, 40, 130]
 """Tokens: one for each kernel, and a tile that is not full."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def interpreter() -> Iterator[None]:
-    with interpreted():
-        yield
-
-
-def to_device(packed: PackedLinear) -> PackedLinear:
-    on_device = {name: t.to(DEVICE) for name, t in packed.tensors().items()}
-    return PackedLinear.from_tensors(on_device, packed.bits, packed.in_features)
-
-
-def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
-    packed = to_device(packed)
-    assert kernel.supports(packed, x.dtype)
-    out: Tensor = kernel.multiply(
-        x.to(DEVICE), packed, None if bias is None else bias.to(DEVICE)
-    )
-    return out.cpu()
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 @given(
