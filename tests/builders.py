@@ -24,6 +24,15 @@ def random_input(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype)
 
 
+def random_mask(
+    shape: tuple[int, int], density: float, generator: torch.Generator, rows: slice
+) -> Tensor:
+    """A share of the weights of some rows: bool [out, in]."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[rows] = torch.rand(mask[rows].shape, generator=generator) < density
+    return mask
+
+
 def random_linear(
     bits: int,
     out_features: int,
@@ -46,10 +55,7 @@ def random_linear(
     zeros = torch.randint(2**bits, grid_shape, generator=generator)
     scales = (torch.rand(grid_shape, generator=generator) * 0.1 + 0.01).to(dtype)
     values = torch.randn(shape, generator=generator).to(dtype)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    mask[outlier_rows] = (
-        torch.rand(mask[outlier_rows].shape, generator=generator) < density
-    )
+    mask = random_mask(shape, density, generator, outlier_rows)
 
     steps = codes - zeros.repeat_interleave(size, dim=1)
     dense = steps * scales.double().repeat_interleave(size, dim=1)

@@ -6,6 +6,7 @@ from torch import Tensor
 from tacq_vllm.format.clustered import ClusteredLinear, pack_clustered
 from tacq_vllm.format.clusters import Clusters
 from tacq_vllm.format.outliers import select_outliers
+from tests.builders import random_mask
 
 
 def random_clusters(rows: int, length: int, seed: int) -> Clusters:
@@ -46,10 +47,7 @@ def random_clustered(
     grid_shape = (out_features, in_features // size)
     scales = (torch.randn(grid_shape, generator=generator) * 0.1).to(dtype)
     values = torch.randn(shape, generator=generator).to(dtype)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    mask[outlier_rows] = (
-        torch.rand(mask[outlier_rows].shape, generator=generator) < density
-    )
+    mask = random_mask(shape, density, generator, outlier_rows)
 
     dense = clusters.codes * scales.double().repeat_interleave(size, dim=1)
     dense[mask] += values[mask].double()

@@ -71,6 +71,11 @@ class Worker:
         """Ask for the greedy tokens that follow the prompts."""
         return self.ask("generate", checkpoint, options)
 
+    def ask_adapter(self, checkpoint: Path, adapter: Path) -> Answer:
+        """Ask with a LoRA adapter of rank 8 on top."""
+        options = {"enable_lora": True, "max_lora_rank": 8}
+        return self.ask("generate", checkpoint, options, adapter=str(adapter))
+
     def ask(
         self,
         function: str,

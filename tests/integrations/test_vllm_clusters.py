@@ -52,12 +52,7 @@ def test_a_lora_adapter(
     pytest.importorskip("peft", reason="PEFT is not installed")
     adapted = adapted_tokens(checkpoint, tmp_path)
 
-    answer = serve.ask(
-        "generate",
-        checkpoint,
-        {"enable_lora": True, "max_lora_rank": 8},
-        adapter=str(tmp_path),
-    )
+    answer = serve.ask_adapter(checkpoint, tmp_path)
 
     assert answer.tokens == adapted
     assert answer.tokens != expected

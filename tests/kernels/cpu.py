@@ -24,6 +24,14 @@ def find_obstacle() -> str | None:
 OBSTACLE = find_obstacle()
 
 
+def available_dots() -> list[str]:
+    """Instructions for products of bytes that this processor has, the best first."""
+    from tacq_vllm.kernels.cpu_dots import best_dot
+
+    known = ["avx512vnni", "avx2", "plain"]
+    return known[known.index(best_dot()) :]
+
+
 def assert_bits_are_fixed(linear: Linear, x: Tensor, packed: Any) -> None:
     """Neither the number of threads nor another run changes a bit."""
     results = []

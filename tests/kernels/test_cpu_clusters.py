@@ -13,10 +13,12 @@ from tacq_vllm.format.clusters import WIDE, Clusters
 from tacq_vllm.format.outliers import select_outliers
 from tests.builders import assert_is_product, random_input
 from tests.clusters import random_clustered
+from tests.kernels.cases import uneven_outliers
 from tests.kernels.cpu import (
     OBSTACLE,
     assert_bits_are_fixed,
     assert_tokens_are_apart,
+    available_dots,
     relative_error,
 )
 
@@ -26,14 +28,11 @@ if OBSTACLE is not None:
 from tacq_vllm.kernels import cpu_int8
 from tacq_vllm.kernels import cpu_linear as kernel
 from tacq_vllm.kernels.cpu_clusters import clusters_weight
-from tacq_vllm.kernels.cpu_dots import best_dot
 from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear, int8_supports
 from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, multiply
 
-BEST = best_dot()
-DOTS = {"avx512vnni": ["avx512vnni", "avx2", "plain"], "avx2": ["avx2", "plain"]}.get(
-    BEST, ["plain"]
-)
+DOTS = available_dots()
+BEST = DOTS[0]
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 WAYS = ["exact", "int8"]
 COLUMNS = [(96, 96), (192, 96), (576, 192), (576, 96), (768, 384), (1536, 768)]
@@ -172,17 +171,7 @@ def test_the_largest_codes_and_bytes_do_not_overflow(
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    ("density", "rows"),
-    [
-        (0.0, slice(None)),
-        (1.0, slice(None)),
-        (1.0, slice(0, 1)),
-        (1.0, slice(36, 37)),
-        (0.5, slice(10, 20)),
-    ],
-    ids=["none", "all", "first row", "last row", "ten rows"],
-)
+@uneven_outliers
 def test_uneven_outliers(way: str, density: float, rows: slice) -> None:
     linear, dense = random_clustered(
         37, 130, -1, density, torch.bfloat16, 1, outlier_rows=rows

@@ -9,6 +9,7 @@ from tests.kernels.cpu import (
     OBSTACLE,
     assert_bits_are_fixed,
     assert_tokens_are_apart,
+    available_dots,
     relative_error,
 )
 
@@ -17,16 +18,13 @@ if OBSTACLE is not None:
 
 from tacq_vllm.kernels import cpu_int8
 from tacq_vllm.kernels import cpu_linear as kernel
-from tacq_vllm.kernels.cpu_dots import best_dot
 from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear, int8_supports
 from tacq_vllm.kernels.cpu_linear import multiply
 from tacq_vllm.kernels.cpu_planes import planes_weight
 
 BITS = [2, 3, 4]
-BEST = best_dot()
-DOTS = {"avx512vnni": ["avx512vnni", "avx2", "plain"], "avx2": ["avx2", "plain"]}.get(
-    BEST, ["plain"]
-)
+DOTS = available_dots()
+BEST = DOTS[0]
 
 
 def bytes_input(tokens: int, columns: int) -> Tensor:

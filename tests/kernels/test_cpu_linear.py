@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tacq_vllm.format.linear import slice_columns, slice_rows
 from tests.builders import assert_is_product, random_input, random_linear
+from tests.kernels.cases import uneven_outliers
 from tests.kernels.cpu import OBSTACLE, assert_bits_are_fixed, assert_tokens_are_apart
 
 if OBSTACLE is not None:
@@ -62,17 +63,7 @@ def test_any_shape(
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(
-    ("density", "rows"),
-    [
-        (0.0, slice(None)),
-        (1.0, slice(None)),
-        (1.0, slice(0, 1)),
-        (1.0, slice(36, 37)),
-        (0.5, slice(10, 20)),
-    ],
-    ids=["none", "all", "first row", "last row", "ten rows"],
-)
+@uneven_outliers
 def test_uneven_outliers(bits: int, density: float, rows: slice) -> None:
     packed, dense = random_linear(
         bits, 37, 64, 32, density, torch.bfloat16, 1, outlier_rows=rows

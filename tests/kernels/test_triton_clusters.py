@@ -10,6 +10,7 @@ from tacq_vllm.kernels import triton_dense
 from tests.builders import assert_is_product, random_input
 from tests.clusters import random_clustered
 from tests.interpreter import DEVICE
+from tests.kernels.cases import uneven_outliers
 from tests.kernels.gpu import kernel, multiply, to_device
 
 cluster_codes = pytest.importorskip(
@@ -57,17 +58,7 @@ def test_any_shape(
     assert_is_product(multiply(x, linear, bias), x, dense, bias)
 
 
-@pytest.mark.parametrize(
-    ("density", "rows"),
-    [
-        (0.0, slice(None)),
-        (1.0, slice(None)),
-        (1.0, slice(0, 1)),
-        (1.0, slice(36, 37)),
-        (0.5, slice(10, 20)),
-    ],
-    ids=["none", "all", "first row", "last row", "ten rows"],
-)
+@uneven_outliers
 def test_uneven_outliers(density: float, rows: slice) -> None:
     linear, dense = random_clustered(
         37, 64, -1, density, torch.bfloat16, 1, outlier_rows=rows

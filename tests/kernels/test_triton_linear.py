@@ -13,6 +13,7 @@ from tacq_vllm.format.linear import PackedLinear, slice_columns, slice_rows
 from tacq_vllm.kernels import triton_dense
 from tacq_vllm.kernels.reference import dequantize
 from tests.builders import assert_is_product, random_input, random_linear
+from tests.kernels.cases import uneven_outliers
 from tests.kernels.gpu import kernel, multiply, to_device
 
 BITS = [2, 3, 4]
@@ -72,17 +73,7 @@ def test_every_way(bits: int, tokens: int, x_dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(
-    ("density", "rows"),
-    [
-        (0.0, slice(None)),
-        (1.0, slice(None)),
-        (1.0, slice(0, 1)),
-        (1.0, slice(36, 37)),
-        (0.5, slice(10, 20)),
-    ],
-    ids=["none", "all", "first row", "last row", "ten rows"],
-)
+@uneven_outliers
 def test_uneven_outliers(bits: int, density: float, rows: slice) -> None:
     packed, dense = random_linear(
         bits, 37, 64, 32, density, torch.bfloat16, 1, outlier_rows=rows

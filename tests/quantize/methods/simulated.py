@@ -15,7 +15,7 @@ from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.simulated import SimulatedSchema
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize.model import BaseModel
-from tests.conftest import Recorder, assert_released, contents, run_pipeline
+from tests.conftest import Recorder, assert_released, run_pipeline
 
 
 def assert_simulated(
@@ -67,22 +67,3 @@ def stored_weights(
     with CheckpointReader(output) as reader:
         for name in schema.linears:
             yield name, reader.load(f"{name}.weight").float()
-
-
-def assert_goes_on(base: BaseModel, recipe: Recipe, folder: Path) -> None:
-    """A run that was stopped in the second block ends in the same bytes."""
-    with pytest.raises(KeyboardInterrupt):
-        run_pipeline(
-            base,
-            recipe,
-            folder / "out",
-            folder / "work",
-            Recorder("quantization", 9),
-        )
-    recorder = Recorder()
-
-    run_pipeline(base, recipe, folder / "out", folder / "work", recorder)
-
-    assert recorder.phases == {"quantization": 7, "export": 1}
-    run_pipeline(base, recipe, folder / "whole", folder / "work2")
-    assert contents(folder / "out") == contents(folder / "whole")

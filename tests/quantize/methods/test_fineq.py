@@ -18,11 +18,11 @@ from tacq_vllm.quantize.model import BaseModel
 from tests.conftest import (
     Recorder,
     TinyLlama,
-    contents,
     open_model,
     quick,
     run_pipeline,
 )
+from tests.quantize.methods.resuming import assert_goes_on
 
 CLUSTERS = {"method": "fineq", "bits": 2, "group_size": -1}
 NO_TEXT = {"calibration.sources": ("nowhere.txt",)}
@@ -127,22 +127,7 @@ def test_each_improvement_loses_less_of_the_output(
 def test_it_goes_on_where_it_was_interrupted(
     tiny_base: BaseModel, recipe: Recipe, tmp_path: Path
 ) -> None:
-    recipe = override_recipe(recipe, NO_TEXT)
-    with pytest.raises(KeyboardInterrupt):
-        run_pipeline(
-            tiny_base,
-            recipe,
-            tmp_path / "out",
-            tmp_path / "work",
-            Recorder("quantization", 9),
-        )
-    recorder = Recorder()
-
-    run_pipeline(tiny_base, recipe, tmp_path / "out", tmp_path / "work", recorder)
-
-    assert recorder.phases == {"quantization": 7, "export": 1}
-    run_pipeline(tiny_base, recipe, tmp_path / "whole", tmp_path / "work2")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert_goes_on(tiny_base, override_recipe(recipe, NO_TEXT), tmp_path)
 
 
 def test_groups_of_whole_blocks(

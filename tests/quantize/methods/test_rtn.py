@@ -10,7 +10,8 @@ from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.methods.rtn import round_to_nearest
 from tacq_vllm.quantize.model import BaseModel
-from tests.conftest import Recorder, assert_released, contents, quick, run_pipeline
+from tests.conftest import Recorder, assert_released, quick, run_pipeline
+from tests.quantize.methods.resuming import assert_goes_on
 
 CONFIG = GptqConfig(grid_steps=20)
 
@@ -82,20 +83,7 @@ def test_a_checkpoint_without_any_text(
 def test_it_goes_on_where_it_was_interrupted(
     tiny_base: BaseModel, recipe: Recipe, tmp_path: Path
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run_pipeline(
-            tiny_base,
-            recipe,
-            tmp_path / "out",
-            tmp_path / "work",
-            Recorder("quantization", 9),
-        )
-    recorder = Recorder()
+    recorder = assert_goes_on(tiny_base, recipe, tmp_path)
 
-    run_pipeline(tiny_base, recipe, tmp_path / "out", tmp_path / "work", recorder)
-
-    assert recorder.phases == {"quantization": 7, "export": 1}
     note = "quantization: 1 of 2 blocks taken from the work folder"
     assert recorder.notes == [note]
-    run_pipeline(tiny_base, recipe, tmp_path / "whole", tmp_path / "work2")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -27,8 +27,8 @@ from tacq_vllm.quantize.rounder import GroupInputs
 from tacq_vllm.quantize.world import World
 from tests.conftest import quick, run_pipeline
 from tests.quantize.methods.published import Layer, published, seeded_layer
+from tests.quantize.methods.resuming import assert_goes_on
 from tests.quantize.methods.simulated import (
-    assert_goes_on,
     assert_simulated,
     stored_weights,
 )

@@ -25,8 +25,8 @@ from tacq_vllm.quantize.result import SimulatedResult
 from tacq_vllm.quantize.world import World
 from tests.conftest import quick
 from tests.quantize.methods.published import Layer, published, seeded_layer
+from tests.quantize.methods.resuming import assert_goes_on
 from tests.quantize.methods.simulated import (
-    assert_goes_on,
     assert_simulated,
     stored_weights,
 )

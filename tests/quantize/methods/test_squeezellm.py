@@ -17,8 +17,8 @@ from tacq_vllm.quantize.methods.squeezellm import (
 from tacq_vllm.quantize.model import BaseModel
 from tests.conftest import quick
 from tests.quantize.methods.published import Layer, published, seeded_layer
+from tests.quantize.methods.resuming import assert_goes_on
 from tests.quantize.methods.simulated import (
-    assert_goes_on,
     assert_simulated,
     stored_weights,
 )

@@ -1,0 +1,32 @@
+"""What holds for every method that is interrupted."""
+
+from pathlib import Path
+
+import pytest
+
+from tacq_vllm.config import Recipe
+from tacq_vllm.quantize.model import BaseModel
+from tests.conftest import Recorder, contents, run_pipeline
+
+
+def assert_goes_on(base: BaseModel, recipe: Recipe, folder: Path) -> Recorder:
+    """A run that was stopped in the second block ends in the same bytes.
+
+    Gives what the second run has told.
+    """
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(
+            base,
+            recipe,
+            folder / "out",
+            folder / "work",
+            Recorder("quantization", 9),
+        )
+    recorder = Recorder()
+
+    run_pipeline(base, recipe, folder / "out", folder / "work", recorder)
+
+    assert recorder.phases == {"quantization": 7, "export": 1}
+    run_pipeline(base, recipe, folder / "whole", folder / "work2")
+    assert contents(folder / "out") == contents(folder / "whole")
+    return recorder
