@@ -178,7 +178,7 @@ def test_converting_a_model_leaves_the_packed_tensors(
     tokens: Tensor,
 ) -> None:
     # Rounded activations would make a small difference a large one.
-    monkeypatch.setattr(ops, "_kernels", lambda device_type, kind: None)
+    monkeypatch.setattr(ops, "_kernels", lambda device_type: None)
     converted = load(tiny_checkpoint, torch.bfloat16).to(dtype)
 
     assert converted.get_submodule(LINEAR).scales.dtype == torch.bfloat16
