@@ -5,15 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from tacq_vllm.format.checkpoint import (
     CONFIG_NAME,
     CheckpointReader,
     CheckpointWriter,
 )
 from tacq_vllm.format.schema import QuantizationSchema
-from tacq_vllm.quantize.errors import QuantizeError
 
 CARD_NAME = "README.md"
 MAX_SHARD_BYTES = 4_000_000_000
@@ -31,23 +28,6 @@ _COMPANIONS = (
     "LICENSE*",
 )
 """Tokenizer, generation config and licence: never code, weights or another's card."""
-
-_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
-
-
-def locate_model(name: str) -> Path:
-    """Give the folder of a model; one of the Hub is downloaded to the cache.
-
-    Raises:
-        QuantizeError: there is no such folder and no such repo.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise QuantizeError(f"{name}: cannot be loaded: {reason}") from error
 
 
 def copy_unquantized(

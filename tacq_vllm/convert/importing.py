@@ -13,7 +13,6 @@ from tacq_vllm.convert.folder import (
     CARD_NAME,
     MAX_SHARD_BYTES,
     copy_companions,
-    locate_model,
     write_config,
 )
 from tacq_vllm.convert.kept import KeptWeights
@@ -27,6 +26,7 @@ from tacq_vllm.format.staging import staged_folder
 from tacq_vllm.format.values import check_linear
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
+from tacq_vllm.quantize.source import locate_folder
 from tacq_vllm.quantize.weights import open_weights
 from tacq_vllm.quantize.workdir import check_output
 
@@ -56,7 +56,7 @@ def import_checkpoint(
     """
     check_output(output)
     ratio = _check_ratio(base, outlier_ratio)
-    source = open_source(locate_model(checkpoint))
+    source = open_source(locate_folder(checkpoint))
     others = list(source.others())
     recipe: dict[str, Any] = {
         "method": "import",
@@ -69,7 +69,7 @@ def import_checkpoint(
     kept = None
     if base is not None:
         with progress.phase("selection", 1) as bar:
-            kept = KeptWeights(source, open_weights(locate_model(base)), ratio)
+            kept = KeptWeights(source, open_weights(locate_folder(base)), ratio)
             bar.advance()
     counts: dict[str, int] = {}
     with (

@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 from tacq_vllm.format.checkpoint import CONFIG_NAME
 from tacq_vllm.quantize.errors import QuantizeError
 
-_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ def locate_model(model: str) -> ModelSource:
     """Find a model's files; those of a Hub id are downloaded.
 
     Raises:
-        QuantizeError: what is here under that name is not a model.
-        OSError: the Hub does not have it, or is out of reach.
+        QuantizeError: what is here under that name is not a model, or the Hub does
+            not have it or is out of reach.
     """
     path = Path(model)
     if path.suffix == ".gguf":
@@ -41,4 +41,20 @@ def locate_model(model: str) -> ModelSource:
         if not (path / CONFIG_NAME).is_file():
             raise QuantizeError(f"{model}: the folder has no {CONFIG_NAME}")
         return ModelSource(path.absolute())
-    return ModelSource(Path(snapshot_download(model, allow_patterns=_DOWNLOADED)))
+    try:
+        return ModelSource(Path(snapshot_download(model, allow_patterns=_DOWNLOADED)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise QuantizeError(f"{model}: cannot be loaded: {reason}") from error
+
+
+def locate_folder(model: str) -> Path:
+    """Find the folder of a model as `locate_model` does.
+
+    Raises:
+        QuantizeError: as there, or it is a .gguf file.
+    """
+    source = locate_model(model)
+    if source.gguf is not None:
+        raise QuantizeError(f"{model}: a .gguf file; give a folder or a Hub id")
+    return source.folder

@@ -48,3 +48,11 @@ def test_import_what_does_not_exist(tmp_path: Path) -> None:
     result = tacq("import", tmp_path / "nowhere", "--output", tmp_path / "out")
 
     assert_one_line(result, "nowhere: cannot be loaded")
+
+
+def test_import_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+
+    result = tacq("import", tmp_path / "model.gguf", "--output", tmp_path / "out")
+
+    assert_one_line(result, "a .gguf file; give a folder or a Hub id")

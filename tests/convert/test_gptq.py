@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tacq_vllm.integrations.transformers  # noqa: F401 - registers the quantizer
-from tacq_vllm.convert import folder
 from tacq_vllm.convert.gptq import GptqLayout
 from tacq_vllm.convert.importing import import_checkpoint
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
 from tacq_vllm.format.validation import find_faults
+from tacq_vllm.quantize import source as model_source
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
 from tests.builders import Change, put, remove, replace, rewrite_tensors
@@ -141,7 +141,7 @@ def test_a_hub_id(
         assert repo_id == "org/name"
         return str(gptq_folder)
 
-    monkeypatch.setattr(folder, "snapshot_download", download)
+    monkeypatch.setattr(model_source, "snapshot_download", download)
 
     import_checkpoint("org/name", tmp_path / "out", Progress())
 
