@@ -17,7 +17,7 @@ from tacq_vllm.format.schema import DEFAULT_CIRCUIT, QuantizationSchema
 from tacq_vllm.format.stored import StoredLinear
 from tacq_vllm.kernels.ops import kernel_name
 
-_CPU_FEATURES = ("avx2", "avx512bw", "avx512vnni")
+_CPU_FEATURES = ("avx2", "avx512bw", "avx512vnni", "amx-int8")
 _OF_CUDA = ("torchvision", "torchaudio", "torchcodec")
 _PLUGIN = "tacq"
 _PLUGIN_GROUP = "vllm.general_plugins"

@@ -24,7 +24,7 @@ _CONTEXT.set_forkserver_preload(
         "tacq_vllm.compare.run",
         "tacq_vllm.convert.importing",
         "tacq_vllm.evaluate.transformers_runner",
-        "tacq_vllm.kernels.cpu_rounding",
+        "tacq_vllm.kernels.cpu_int8",
         "tacq_vllm.recover.pipeline",
         "tests.processes",
         "transformers.models.llama.modeling_llama",

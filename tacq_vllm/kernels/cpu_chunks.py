@@ -1,9 +1,7 @@
 """LLVM code that unpacks chunks of a row into bytes, and their grid into lanes.
 
 A chunk is a set of columns as `Rows` reads it: a lane of 32 bits has a few neighbouring
-columns. Where groups are larger, a chunk is four sets, whose lanes are exchanged until
-each has four times as many neighbours, so that integers are summed for longer. A lane
-lies inside one group.
+columns, and lies inside one group.
 """
 
 from dataclasses import dataclass
@@ -20,32 +18,23 @@ from tacq_vllm.kernels.cpu_ir import (
     at,
     load_some,
     pick,
-    pick_both,
     splat,
 )
 from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows
 
-_EXCHANGED = 4
-"""Sets whose lanes are exchanged."""
 
-
-def narrow_span(rows: Rows) -> int:
-    """Columns of a lane of one set."""
+def lane_span(rows: Rows) -> int:
+    """Columns of a lane."""
     return 4 * rows.stride
 
 
-def wide_span(rows: Rows) -> int:
-    """Columns of a lane after the exchange."""
-    return _EXCHANGED * narrow_span(rows)
+def supports_groups(weight: CpuWeight) -> bool:
+    """Whether chunks can be read: groups are of whole lanes.
 
-
-def supports_groups(weight: CpuWeight, span: int) -> bool:
-    """Whether chunks whose lanes have `span` columns can be read.
-
-    A lane lies inside one group; a group and a chunk divide one another, or a row is
-    one group.
+    A group and a chunk divide one another, or a row is one group.
     """
-    size, chunk = weight.group_size, LANES * span
+    span, size = lane_span(weight.rows), weight.group_size
+    chunk = LANES * span
     divide = chunk % size == 0 or size % chunk == 0
     return size % span == 0 and (weight.groups == 1 or divide)
 
@@ -58,18 +47,15 @@ class ChunkReader:
     group_size: int
     """Columns of a group; 0: the whole row."""
 
-    span: int
-    """Columns of a lane."""
+    @property
+    def span(self) -> int:
+        """Columns of a lane."""
+        return lane_span(self.rows)
 
     @property
     def columns(self) -> int:
         """Columns of a chunk: of all lanes of a vector."""
         return LANES * self.span
-
-    @property
-    def vectors(self) -> int:
-        """Vectors of bytes that a chunk makes."""
-        return self.span // 4
 
     @property
     def groups(self) -> int:
@@ -79,7 +65,7 @@ class ChunkReader:
         return self.columns // self.group_size
 
     def codes(self, builder: Any, row: Any, index: Any, rest: Any) -> list[Any]:
-        """The codes of a chunk, one per byte.
+        """The codes of a chunk, one per byte: a vector for each word of a lane.
 
         Args:
             builder: what appends instructions.
@@ -87,22 +73,7 @@ class ChunkReader:
             index: the chunk's number.
             rest: how many of its columns exist; None: all.
         """
-        if self.span == narrow_span(self.rows):
-            return self.rows.codes(builder, row, index, rest)
-        size = self.columns // _EXCHANGED
-        sets = []
-        for number in range(_EXCHANGED):
-            place = builder.add(builder.mul(index, I64(_EXCHANGED)), I64(number))
-            part = None
-            if rest is not None:
-                part = _clamp(builder, rest, number * size, size)
-            sets.append(self.rows.codes(builder, row, place, part))
-        # Lane 4 g + q of set c goes to lane 4 c + g of the vectors of quarter q.
-        return [
-            _exchange(builder, [codes[number] for codes in sets], quarter)
-            for quarter in range(_EXCHANGED)
-            for number in range(self.rows.stride)
-        ]
+        return self.rows.codes(builder, row, index, rest)
 
     def grid(self, builder: Any, row: Any, index: Any, rest: Any) -> tuple[Any, Any]:
         """Of every lane of a chunk: the scale, a float, and the zero-point, a word."""
@@ -127,24 +98,6 @@ class ChunkReader:
 
         scale, zero = self.rows.grid(builder, row, load)
         return _to_lanes(builder, scale, FLOATS), _to_lanes(builder, zero, WORDS)
-
-
-def _clamp(builder: Any, rest: Any, first: int, size: int) -> Any:
-    """How many columns of a set of some size that begins at column `first` exist."""
-    end = builder.select(
-        builder.icmp_unsigned("<", rest, I64(first + size)), rest, I64(first + size)
-    )
-    begins = builder.icmp_unsigned(">", rest, I64(first))
-    return builder.select(begins, builder.sub(end, I64(first)), I64(0))
-
-
-def _exchange(builder: Any, vectors: list[Any], quarter: int) -> Any:
-    """Every fourth lane of four vectors, from lane `quarter` on."""
-    first, second = (
-        pick_both(builder, a, b, list(range(quarter, 2 * LANES, 4)))
-        for a, b in (vectors[:2], vectors[2:])
-    )
-    return pick_both(builder, first, second, list(range(LANES)))
 
 
 def _some(builder: Any, base: Any, first: Any, kind: Any, valid: Any) -> Any:

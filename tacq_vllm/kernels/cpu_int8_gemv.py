@@ -29,8 +29,9 @@ from tacq_vllm.kernels.cpu_ir import (
     sharer,
     sum_slots,
 )
-from tacq_vllm.kernels.cpu_rounding import ARGUMENTS, Rounding, rounder
+from tacq_vllm.kernels.cpu_rounding import ARGUMENTS
 from tacq_vllm.kernels.cpu_rows import Row, outlier_products
+from tacq_vllm.kernels.cpu_token_lanes import TokenLanes, lanes_rounder
 
 _ROWS = 16
 """Rows of the weight that pass by a part of x while that is in the first cache."""
@@ -39,12 +40,12 @@ _CHUNKS = 64
 """Chunks of such a part, divided by the number of tokens."""
 
 
-def compile_gemv(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) -> Any:
+def compile_gemv(reader: ChunkReader, lanes: TokenLanes, dot: str, team: Team) -> Any:
     """Compile out[t, r] = x[t] · W[r] for at most one tile of rows of x.
 
     Args:
         reader: reads the weight.
-        rounding: what x becomes: without an offset, in tiles of 1, 2 or 4.
+        lanes: what x becomes.
         dot: instructions for products of bytes: `avx512vnni`, `avx2` or `plain`.
         team: where the calling thread is.
 
@@ -53,22 +54,22 @@ def compile_gemv(reader: ChunkReader, rounding: Rounding, dot: str, team: Team) 
         thread of a team; a row of the weight belongs to one thread.
     """
     share, row_at = sharer(team), reader.rows.finder()
-    round_tokens = rounder(rounding, team)
-    tokens = rounding.tile
+    round_tokens = lanes_rounder(lanes, team)
+    tokens = lanes.tile
     size, width, part = tokens * LANES * 4, reader.columns, _CHUNKS // tokens
-    out_size = rounding.dtype.itemsize
+    out_size = lanes.dtype.itemsize
     reserve = reserver(_ROWS * size)
     head = len(ARGUMENTS)
     arguments = head + reader.rows.addresses
     add_chunks = _add_chunks(reader, tokens, dot)
-    finish = _finish(reader, rounding, dot)
+    finish = _finish(reader, lanes, dot)
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
         a = numba.carray(pointer, arguments, numba.int64)
         weight = a[head:]
         round_tokens(a)
-        x, out, columns, groups, rows = a[1], a[5], a[7], a[9], a[10]
+        x, out, columns, groups, rows = a[1], a[5], a[7], a[8], a[9]
         whole = columns // width
         tile = a[2], a[3], a[4]
         start, stop = share(0, rows)
@@ -116,9 +117,9 @@ def _add_chunks(reader: ChunkReader, tokens: int, dot: str) -> Any:
     return add_chunks
 
 
-def _finish(reader: ChunkReader, rounding: Rounding, dot: str) -> Any:
+def _finish(reader: ChunkReader, lanes: TokenLanes, dot: str) -> Any:
     """Intrinsic: add the last columns and the kept weights, and store the results."""
-    tokens, row_type = rounding.tile, reader.rows.row_type
+    tokens, row_type = lanes.tile, reader.rows.row_type
 
     @intrinsic
     def finish(typing_context, row, tile, whole, sums, target):
@@ -132,9 +133,11 @@ def _finish(reader: ChunkReader, rounding: Rounding, dot: str) -> Any:
             with builder.if_then(builder.icmp_unsigned("!=", rest, I64(0))):
                 _add_chunk(builder, reader, dot, row, tile, whole, rest, slots)
             totals = lane_sums(builder, [builder.load(slot) for slot in slots])
-            kept = outlier_products(builder, row, x, tokens, reader.rows.dtype)
+            kept = outlier_products(
+                builder, row, reader.rows.dtype, x, tokens, lanes.dtype
+            )
             values = builder.fadd(totals, kept)
-            put_tokens(builder, out, rows, values, rounding.dtype)
+            put_tokens(builder, out, rows, values, lanes.dtype)
             return context.get_dummy_value()
 
         number, target = types.int64, types.UniTuple(types.int64, 4)

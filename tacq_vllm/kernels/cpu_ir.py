@@ -94,7 +94,7 @@ def call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return builder.call(function, arguments)
 
 
-def same(kind: Any, number: int) -> Any:
+def same(kind: Any, number: float) -> Any:
     """A constant, in all lanes if the type is a vector."""
     if isinstance(kind, ir.VectorType):
         return ir.Constant(kind, [number] * kind.count)
@@ -186,6 +186,22 @@ def _neighbour_sums(builder: Any, a: Any, b: Any) -> Any:
         pick_both(builder, a, b, list(range(start, 2 * LANES, 2))) for start in (0, 1)
     ]
     return builder.fadd(*halves)
+
+
+def transpose(builder: Any, vectors: list[Any]) -> list[Any]:
+    """Of as many vectors as they have lanes: lane i of vector j to lane j of i."""
+    rows = list(vectors)
+    step = len(rows) // 2
+    while step:
+        for i in (n for n in range(len(rows)) if not n & step):
+            a, b = rows[i], rows[i + step]
+            lanes = range(len(rows))
+            upper = [n + len(rows) - step if n & step else n for n in lanes]
+            lower = [n + len(rows) if n & step else n + step for n in lanes]
+            rows[i] = pick_both(builder, a, b, upper)
+            rows[i + step] = pick_both(builder, a, b, lower)
+        step //= 2
+    return rows
 
 
 def reserver(size: int) -> Any:

@@ -3,7 +3,7 @@
 Two ways:
 
 * int8, the default for x in 16 bits: x is rounded to 8 bits, with a scale for every 64
-  columns (48 beside clusters, 32 where groups are smaller), and multiplied with the
+  columns (48 beside clusters, fewer where groups are smaller), and multiplied with the
   codes in integers; kept weights are multiplied with x as it is.
 * exact, for x in float32 and where the environment has TACQ_CPU_ACTIVATIONS=exact:
   codes become floats in vector registers. For few tokens they are multiplied into x at
@@ -27,9 +27,8 @@ from torch.nn.functional import pad
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels.cpu_clusters import clusters_weight
-from tacq_vllm.kernels.cpu_dots import best_dot
 from tacq_vllm.kernels.cpu_exact import compile_dequantize, compile_linear
-from tacq_vllm.kernels.cpu_int8 import int8_linear, int8_supports
+from tacq_vllm.kernels.cpu_int8 import int8_linear, int8_name, int8_supports
 from tacq_vllm.kernels.cpu_int8 import warm_up as warm_up_int8
 from tacq_vllm.kernels.cpu_planes import planes_weight
 from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows
@@ -62,7 +61,7 @@ def supports(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> bo
 def kernel_name(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> str:
     """Which of them does it."""
     rounds = _rounds(x_dtype, _weight(linear))
-    return f"cpu int8 {best_dot()}" if rounds else "cpu exact"
+    return f"cpu int8 {int8_name()}" if rounds else "cpu exact"
 
 
 def multiply(

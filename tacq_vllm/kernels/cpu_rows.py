@@ -21,6 +21,7 @@ from tacq_vllm.kernels.cpu_ir import (
     at,
     same,
     splat,
+    stored_type,
     to_float,
 )
 
@@ -132,13 +133,19 @@ def each_outlier(
 
 
 def outlier_products(
-    builder: Any, row: Row, x: Any, tokens: int, dtype: torch.dtype
+    builder: Any,
+    row: Row,
+    dtype: torch.dtype,
+    x: Any,
+    tokens: int,
+    x_dtype: torch.dtype,
 ) -> Any:
-    """A row's kept weights times x, float32 [in, tokens] at an address: a vector."""
+    """A row's kept weights times x [in, tokens] at an address: a vector of floats."""
+    stored = ir.VectorType(stored_type(x_dtype), tokens)
     kind = ir.VectorType(F32, tokens)
     slot = cgutils.alloca_once(builder, kind)
     builder.store(same(kind, 0), slot)
     with each_outlier(builder, row, dtype) as (column, value):
-        values = at(builder, x, column, kind)
+        values = to_float(builder, at(builder, x, column, stored), x_dtype)
         add_product(builder, slot, splat(builder, value, kind), values)
     return builder.load(slot)

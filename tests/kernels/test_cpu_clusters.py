@@ -20,15 +20,20 @@ from tests.kernels.cpu import (
     assert_tokens_are_apart,
     available_dots,
     relative_error,
+    use_dot,
 )
 
 if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
-from tacq_vllm.kernels import cpu_int8
 from tacq_vllm.kernels import cpu_linear as kernel
 from tacq_vllm.kernels.cpu_clusters import clusters_weight
-from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear, int8_supports
+from tacq_vllm.kernels.cpu_int8 import (
+    MAX_GEMV_TOKENS,
+    int8_linear,
+    int8_name,
+    int8_supports,
+)
 from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, multiply
 
 DOTS = available_dots()
@@ -131,7 +136,7 @@ def test_any_shape_in_8_bits(
 def test_what_8_bits_hold_is_multiplied_exactly(
     monkeypatch: pytest.MonkeyPatch, dot: str, tokens: int, columns: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(cpu_int8, "best_dot", lambda: dot)
+    use_dot(monkeypatch, dot)
     linear, dense = random_clustered(37, *columns, 0.02, torch.bfloat16, 1)
     weight = clusters_weight(linear)
     generator = torch.Generator().manual_seed(tokens)
@@ -152,7 +157,7 @@ def test_what_8_bits_hold_is_multiplied_exactly(
 def test_the_largest_codes_and_bytes_do_not_overflow(
     monkeypatch: pytest.MonkeyPatch, dot: str, tokens: int
 ) -> None:
-    monkeypatch.setattr(cpu_int8, "best_dot", lambda: dot)
+    use_dot(monkeypatch, dot)
     codes = torch.tensor([0, WIDE[0], WIDE[0]], dtype=torch.int8).repeat(16, 4032 // 3)
     indices = torch.ones(16, 4032 // 6, dtype=torch.uint8)
     none = torch.zeros(16, 4032)
@@ -242,7 +247,7 @@ def test_the_name_of_the_kernel() -> None:
     across, _ = random_clustered(4, 576, 288, 0.0, torch.bfloat16, 8)
 
     assert kernel.kernel_name(linear, torch.float32) == "cpu exact"
-    assert kernel.kernel_name(linear, torch.bfloat16) == f"cpu int8 {BEST}"
+    assert kernel.kernel_name(linear, torch.bfloat16) == f"cpu int8 {int8_name()}"
     # A chunk of 192 columns has parts of two groups.
     assert not int8_supports(clusters_weight(across))
     assert kernel.kernel_name(across, torch.bfloat16) == "cpu exact"

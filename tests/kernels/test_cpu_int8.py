@@ -11,12 +11,12 @@ from tests.kernels.cpu import (
     assert_tokens_are_apart,
     available_dots,
     relative_error,
+    use_dot,
 )
 
 if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
-from tacq_vllm.kernels import cpu_int8
 from tacq_vllm.kernels import cpu_linear as kernel
 from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear, int8_supports
 from tacq_vllm.kernels.cpu_linear import multiply
@@ -31,7 +31,7 @@ def bytes_input(tokens: int, columns: int) -> Tensor:
     """Integers that 8 bits hold exactly: the largest of each block is 127."""
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randint(-127, 128, (tokens, columns), generator=generator)
-    x[:, ::32] = 127
+    x[:, ::16] = 127
     return x.bfloat16()
 
 
@@ -85,7 +85,9 @@ def test_any_shape(
         (BEST, 2, 1024, 512),
         *((dot, 9, 576, 32) for dot in DOTS),
         *((dot, 21, 1600, 64) for dot in DOTS),
+        *((dot, 35, 96, 16) for dot in DOTS),
         (BEST, 130, 1536, -1),
+        (BEST, 300, 96, 32),
         (BEST, 8, 4096, 128),
         (BEST, 6, 1536, 768),
         (BEST, 5, 96, -1),
@@ -99,7 +101,7 @@ def test_what_8_bits_hold_is_multiplied_exactly(
     in_features: int,
     group_size: int,
 ) -> None:
-    monkeypatch.setattr(cpu_int8, "best_dot", lambda: dot)
+    use_dot(monkeypatch, dot)
     packed, dense = random_linear(
         bits, 37, in_features, group_size, 0.02, torch.bfloat16, 1
     )
@@ -113,16 +115,17 @@ def test_what_8_bits_hold_is_multiplied_exactly(
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dot", DOTS)
+@pytest.mark.parametrize("tokens", [2, 6])
 def test_the_largest_codes_and_bytes_do_not_overflow(
-    monkeypatch: pytest.MonkeyPatch, bits: int, dot: str
+    monkeypatch: pytest.MonkeyPatch, bits: int, dot: str, tokens: int
 ) -> None:
-    monkeypatch.setattr(cpu_int8, "best_dot", lambda: dot)
+    use_dot(monkeypatch, dot)
     packed, _ = random_linear(bits, 16, 4096, -1, 0.0, torch.bfloat16, 2)
     for plane in packed.weight_planes:
         plane.fill_(-1)
     for plane in packed.zero_planes:
         plane.zero_()
-    x = torch.full((2, 4096), 127.0)
+    x = torch.full((tokens, 4096), 127.0)
     x[1] = -127.0
 
     out = int8_linear(x, planes_weight(packed))
