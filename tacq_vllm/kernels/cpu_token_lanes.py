@@ -14,7 +14,7 @@ from tacq_vllm.kernels.cpu_rounding import ordered_codes, round_block, sum_codes
 
 @dataclass(frozen=True)
 class TokenLanes:
-    """Rows of x, together with rows of zeros to make a tile.
+    """All rows of x; the last is repeated to make a tile.
 
     `x_tiles` has x itself, [in, tile]. For every chunk of columns there are,
     each [tile, …], `codes`: bytes; `scales`: float32, one per lane; `sums`: int32, of
@@ -65,16 +65,17 @@ def lanes_rounder(lanes: TokenLanes, team: Team) -> Any:
     @numba.njit
     def round_tokens(a):
         x, tiles, codes, scales, sums = a[0], a[1], a[2], a[3], a[4]
-        columns = a[7]
+        tokens, columns = a[6], a[7]
         chunks = (columns + chunk_size - 1) // chunk_size
-        start, stop = share(0, a[6])
+        start, stop = share(0, tile)
         for token in range(start, stop):
+            line = x + min(token, tokens - 1) * columns * size
             for column in range(0, columns, block):
                 part = column // chunk_size * tile + token
                 lane = column % chunk_size // span
                 place = (part * LANES + lane) * 4
                 round_lanes(
-                    x + (token * columns + column) * size,
+                    line + column * size,
                     tiles + (column * tile + token) * size,
                     codes + part * chunk_size + lane * 4,
                     scales + place,
