@@ -32,6 +32,7 @@ from tacq_vllm.quantize.pipeline import quantize_model
 from tacq_vllm.quantize.progress import Listener, Progress
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
+from tacq_vllm.recover.curve import LOSSES_NAME, PICTURE_NAME
 from tests.builders import write_lines
 from tests.hub_server import Hub, hub_server
 
@@ -345,10 +346,13 @@ def assert_released(base: BaseModel) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of a checkpoint's files, but for the one that tells the time."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert files.pop(TIMINGS_NAME)
-    return files
+    """The bytes of a checkpoint's files, but for those that tell the time."""
+    timed = (TIMINGS_NAME, LOSSES_NAME, PICTURE_NAME)
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.name not in timed
+    }
 
 
 def is_equal(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> bool:

@@ -22,7 +22,7 @@ from tacq_vllm.compare.rows import RESULTS_NAME, Row, read_results, read_row
 from tacq_vllm.compare.run import MODELS_FOLDER, ROWS_FOLDER
 from tests.builders import quantize_arguments
 from tests.compare.test_compare import arguments as comparison
-from tests.conftest import TinyLlama
+from tests.conftest import TinyLlama, contents
 from tests.convert.sources import save_gptq
 from tests.evaluate.conftest import make_data
 from tests.processes import run, signal_at
@@ -112,15 +112,6 @@ def compared(
     outcome = run(comparison(tiny_model, folder, root))
     assert outcome.exit_code == 0, outcome.words
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Bytes of the files, but for those that tell the times of a run."""
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.name not in ("timings.json", "loss.jsonl")
-    }
 
 
 def looks_whole(folder: Path) -> bool:

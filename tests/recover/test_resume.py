@@ -12,19 +12,10 @@ from typer.testing import CliRunner
 
 from tacq_vllm.cli import app
 from tacq_vllm.recover.config import RecoverConfig
-from tests.conftest import Recorder, interrupted_at_file
+from tests.conftest import Recorder, contents, interrupted_at_file
 from tests.recover.conftest import STEPS, Run, train
 
 PROGRAM = "from tacq_vllm.cli import main; main()"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of a checkpoint's files, but for the curves, which tell the time."""
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.name not in ("loss.jsonl", "loss.png")
-    }
 
 
 @pytest.fixture(scope="module")
