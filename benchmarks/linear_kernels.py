@@ -1,4 +1,4 @@
-"""Time the quantized linear beside PyTorch's 16-bit one, and its 4-bit one on CPUs.
+"""Time the quantized linear beside 16-bit ones, and 4-bit ones on CPUs.
 
     python benchmarks/linear_kernels.py [--threads N] [--shapes smollm2] [--m 1,8]
 
@@ -14,22 +14,19 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
+from peers import Kernel, copies, int4_kernels, sixteen_bit_kernels
 from torch import Tensor
-from torch.nn.functional import linear
 
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.clusters import clustered_words
 from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import Outliers, encode_outliers, select_outliers
-from tacq_vllm.kernels import cpu_linear
 from tacq_vllm.kernels.ops import quantized_linear
 from tacq_vllm.kernels.reference import dequantize
 
@@ -40,32 +37,8 @@ SHAPES = {
     "llama3-8b": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
 }
 OUTLIER_RATIO = 0.0035
-ROTATED_BYTES = 128 << 20
 BURST = 6
 MIN_SECONDS = 0.3
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One way to multiply with one weight, of which there are copies."""
-
-    name: str
-    bits: float
-    group_size: int
-    weights: list[Any]
-    multiply: Callable[[Tensor, Any], Tensor]
-    dense: Tensor
-    """The weight's value, float32 [n, k]."""
-
-    nbytes: int
-    """Bytes of one copy."""
-
-    activations: str = ""
-    """What our kernel makes of x."""
-
-    def chosen(self) -> AbstractContextManager[object]:
-        """Where `multiply` is this kernel."""
-        return patch.object(cpu_linear, "activations", lambda: self.activations)
 
 
 def main() -> None:
@@ -104,7 +77,7 @@ def main() -> None:
             *own_kernels("tacq_fineq", 2.33, -1, random_clustered(n, k), ways),
         ]
         if not on_gpu:
-            kernels.append(torch_int4_kernel(n, k, 64))
+            kernels.extend(int4_kernels(n, k, 64))
         for m in map(int, arguments.m.split(",")):
             for row in time_kernels(kernels, m, n, k, bandwidth):
                 rows.append(device | row)
@@ -113,23 +86,6 @@ def main() -> None:
     print(f"{device['device']}; reads {bandwidth / 1e9:.1f} GB/s;", end=" ")
     print(f"torch {torch.__version__}\n")
     print_table(rows)
-
-
-def sixteen_bit_kernels(n: int, k: int) -> Iterator[Kernel]:
-    """PyTorch's products in bfloat16, and the one in float32."""
-    weights = [
-        torch.randn(n, k, dtype=torch.bfloat16) for _ in range(copies(2 * n * k))
-    ]
-
-    dense = weights[0].float()
-
-    def kernel(name: str, multiply: Callable[[Tensor, Any], Tensor]) -> Kernel:
-        return Kernel(name, 16, 0, weights, multiply, dense, 2 * n * k)
-
-    yield kernel("torch_linear_bf16", linear)
-    yield kernel("torch_mv_bf16", lambda x, weight: torch.mv(weight, x[0])[None])
-    floats = [weight.float() for weight in weights[: copies(4 * n * k)]]
-    yield Kernel("torch_linear_fp32", 32, 0, floats, linear_float, dense, 4 * n * k)
 
 
 def own_kernels(
@@ -158,35 +114,6 @@ def own_kernels(
             nbytes,
             chosen,
         )
-
-
-def torch_int4_kernel(n: int, k: int, group_size: int) -> Kernel:
-    """PyTorch's own 4-bit product for CPUs."""
-    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
-    scales, zeros = torch.rand(2, k // group_size, n).add(0.1).bfloat16()
-    grid = torch.stack((scales, zeros), dim=-1).contiguous()
-    stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    steps = (codes - 8).view(n, -1, group_size)
-    dense = steps * scales.T[..., None].float() + zeros.T[..., None].float()
-    nbytes = stored.nbytes + grid.nbytes
-
-    def multiply(x: Tensor, weight: Any) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, group_size, grid)
-
-    weights = [stored.clone() for _ in range(copies(nbytes))]
-    return Kernel(
-        "torch_int4", 4, group_size, weights, multiply, dense.view(n, k), nbytes
-    )
-
-
-def linear_float(x: Tensor, weight: Tensor) -> Tensor:
-    """The product in float32 of x in 16 bits."""
-    return linear(x.float(), weight).to(x.dtype)
-
-
-def copies(nbytes: int) -> int:
-    """Copies of a weight that no cache holds."""
-    return max(2, ROTATED_BYTES // nbytes)
 
 
 def cpu_seconds(kernels: list[Kernel], x: Tensor) -> list[float]:

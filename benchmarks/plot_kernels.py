@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "latest.json"
 PICTURE = ROOT / "docs" / "kernels.svg"
 SHAPES = [(4096, 14336), (576, 1536)]
-STYLES = {"tacq_int8": "-", "tacq_exact": "--", "torch_int4": ":"}
+STYLES = {"tacq_int8": "-", "tacq_exact": "--", "torch_int4": ":", "vllm_int4": "-."}
 
 
 def main() -> None:
