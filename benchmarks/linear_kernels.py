@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import Kernel, copies, int4_kernels, sixteen_bit_kernels
+from peers import MANY, Kernel, copies, int4_kernels, sixteen_bit_kernels
 from torch import Tensor
 
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.clusters import clustered_words
 from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import Outliers, encode_outliers, select_outliers
+from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS
 from tacq_vllm.kernels.ops import quantized_linear
 from tacq_vllm.kernels.reference import dequantize
 
@@ -113,6 +114,8 @@ def own_kernels(
             dense,
             nbytes,
             chosen,
+            # For more it is PyTorch's product in float32, and what makes its weights.
+            MAX_FUSED_TOKENS if chosen == "exact" else MANY,
         )
 
 
@@ -159,7 +162,7 @@ def time_kernels(
 ) -> Iterator[dict[str, Any]]:
     """Time x [m, k] times every kernel's weight, in turns."""
     x = torch.randn(m, k, dtype=torch.bfloat16)
-    kernels = [kernel for kernel in kernels if m == 1 or kernel.name != "torch_mv_bf16"]
+    kernels = [kernel for kernel in kernels if m <= kernel.max_tokens]
     if x.is_cuda:
         medians = [gpu_seconds(kernel, x) for kernel in kernels]
     else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from tacq_vllm.kernels import cpu_linear
 
 ROTATED_BYTES = 128 << 20
+MANY = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Kernel:
     activations: str = ""
     """What our kernel makes of x."""
 
+    max_tokens: int = MANY
+    """Rows of x up to which it is measured."""
+
     def chosen(self) -> AbstractContextManager[object]:
         """Where `multiply` is this kernel."""
         return patch.object(cpu_linear, "activations", lambda: self.activations)
@@ -52,11 +56,12 @@ def sixteen_bit_kernels(n: int, k: int) -> Iterator[Kernel]:
 
     dense = weights[0].float()
 
-    def kernel(name: str, multiply: Callable[[Tensor, Any], Tensor]) -> Kernel:
-        return Kernel(name, 16, 0, weights, multiply, dense, 2 * n * k)
+    def multiply_one(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.mv(weight, x[0])[None]
 
-    yield kernel("torch_linear_bf16", linear)
-    yield kernel("torch_mv_bf16", lambda x, weight: torch.mv(weight, x[0])[None])
+    kernel = Kernel("torch_linear_bf16", 16, 0, weights, linear, dense, 2 * n * k)
+    yield kernel
+    yield replace(kernel, name="torch_mv_bf16", multiply=multiply_one, max_tokens=1)
     floats = [weight.float() for weight in weights[: copies(4 * n * k)]]
     yield Kernel("torch_linear_fp32", 32, 0, floats, linear_float, dense, 4 * n * k)
 
