@@ -104,7 +104,7 @@ def _no_scale() -> Any:
 
 
 def _round_lanes(lanes: TokenLanes) -> Any:
-    """Intrinsic: one block of x to floats and bytes, with each lane's scale and sum."""
+    """Intrinsic: one block of x, as it is and in bytes, with lanes' scales and sums."""
     block, span, tile = lanes.block, lanes.span, lanes.tile
     itemsize = lanes.dtype.itemsize
 

@@ -103,7 +103,7 @@ def tiles_rounder(tiles: TokenTiles, team: Team) -> Any:
 
 
 def _round_token(tiles: TokenTiles) -> Any:
-    """Intrinsic: one block of a token to floats and bytes, with its scale and sum."""
+    """Intrinsic: one block of a token, as it is and in bytes, with scale and sum."""
     block, span = tiles.block, tiles.span
 
     @intrinsic
