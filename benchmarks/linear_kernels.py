@@ -28,7 +28,7 @@ from tacq_vllm.format.clusters import clustered_words
 from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import Outliers, encode_outliers, select_outliers
 from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS
-from tacq_vllm.kernels.ops import quantized_linear
+from tacq_vllm.kernels.ops import arrange, quantized_linear
 from tacq_vllm.kernels.reference import dequantize
 
 RESULTS = Path(__file__).parent / "results" / "latest.json"
@@ -98,7 +98,7 @@ def own_kernels(
 ) -> Iterator[Kernel]:
     """Ours for a weight, one for each treatment of x."""
     nbytes = sum(tensor.nbytes for tensor in packed.tensors().values())
-    weights = [clone(packed) for _ in range(copies(nbytes))]
+    weights = [arrange(clone(packed), torch.bfloat16) for _ in range(copies(nbytes))]
     dense = dequantize(packed).float()
 
     def multiply(x: Tensor, weight: Any) -> Tensor:

@@ -3,7 +3,8 @@
     python benchmarks/serving.py [--models smollm2,llama-1b] [--bits 3]
 
 Weights are not loaded but made up (`load_format="dummy"`): only shapes matter for time.
-One request at a time in bfloat16, eagerly. A token's time is that of a long answer less
+One request at a time in bfloat16: eagerly on a CPU, in a CUDA graph on a GPU, with
+attention in Triton. A token's time is that of a long answer less
 that of a short one, by their difference in tokens; the models take turns. Writes a JSON
 list and prints it.
 """
@@ -47,6 +48,14 @@ MODELS = {
         num_key_value_heads=8,
         vocab_size=32000,
     ),
+    "llama3-8b": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
 }
 
 
@@ -55,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models", default="smollm2,llama-1b")
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--turns", type=int, default=2)
@@ -80,7 +89,7 @@ def main() -> None:
             "model": name,
             "bits": arguments.bits,
             "group_size": arguments.group_size,
-            "cpu_cores": os.cpu_count(),
+            "device": device_name(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "date": time.strftime("%Y-%m-%d"),
@@ -91,6 +100,13 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def device_name() -> str:
+    """The GPU, or how many processors there are."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores"
 
 
 def write_configs(config: LlamaConfig, bits: int, group_size: int, folder: str) -> None:
@@ -133,6 +149,18 @@ def run_apart(folder: Path) -> list[float]:
     return seconds
 
 
+def engine_options() -> dict[str, Any]:
+    """How vLLM runs the model here."""
+    if not torch.cuda.is_available():
+        return {"enforce_eager": True}
+    graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": [1]}
+    return {
+        "compilation_config": graphs,
+        "attention_backend": "TRITON_ATTN",
+        "max_num_seqs": 1,
+    }
+
+
 def time_tokens(folder: Path) -> list[float]:
     """Seconds per generated token, five times."""
     from vllm import LLM, SamplingParams
@@ -141,9 +169,9 @@ def time_tokens(folder: Path) -> list[float]:
         str(folder),
         load_format="dummy",
         skip_tokenizer_init=True,
-        enforce_eager=True,
         dtype="bfloat16",
         max_model_len=256,
+        **engine_options(),
     )
 
     def answer(tokens: int) -> float:

@@ -64,6 +64,13 @@ def kernel_name(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) ->
     return f"cpu int8 {int8_name()}" if rounds else "cpu exact"
 
 
+def arrange(
+    linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype
+) -> PackedLinear | ClusteredLinear:
+    """They take it as it is stored."""
+    return linear
+
+
 def multiply(
     x: Tensor, linear: PackedLinear | ClusteredLinear, bias: Tensor | None
 ) -> Tensor:

@@ -20,6 +20,7 @@ from tacq_vllm.format.clustered import ClusteredLayout, ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear, PlanesLayout
 from tacq_vllm.format.stored import Layout, StoredLinear
 from tacq_vllm.kernels.reference import linear_backward, linear_forward
+from tacq_vllm.kernels.tiles import TiledLayout, TiledLinear
 
 
 class Kernels(Protocol):
@@ -30,6 +31,9 @@ class Kernels(Protocol):
 
     def kernel_name(self, linear: Any, x_dtype: torch.dtype) -> str:
         """Which of them does it."""
+
+    def arrange(self, linear: Any, x_dtype: torch.dtype) -> Any:
+        """The weight in the order that the kernels are fastest with."""
 
     def multiply(self, x: Tensor, linear: Any, bias: Tensor | None) -> Tensor:
         """Multiply x [..., in] with the weight: [..., out], in the type of x."""
@@ -123,7 +127,38 @@ _register(
 )
 
 
-def quantized_linear(x: Tensor, packed: StoredLinear, bias: Tensor | None) -> Tensor:
+def _register_tiled() -> None:
+    """Register the op of weights that `arrange` has dealt out; it has no gradient."""
+    make: Callable[..., TiledLinear] = TiledLinear
+
+    def forward(x: Tensor, *rest: Any) -> Tensor:
+        *tensors, bias, bits, dtype = rest
+        if not x.numel():
+            return fake_forward(x, *rest)
+        linear = make(*tensors, bits, x.shape[-1], dtype)
+        kernels = _kernels_for(linear, x.dtype)
+        assert kernels is not None
+        return kernels.multiply(x, linear, bias)
+
+    def fake_forward(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+    _LIBRARY.define(
+        "tiled_linear(Tensor x, Tensor qweight, Tensor? qweight_high, Tensor grid, "
+        "Tensor segment_starts, Tensor segments, Tensor counters, Tensor? bias, "
+        "int bits, ScalarType dtype) -> Tensor",
+        tags=torch.Tag.needs_fixed_stride_order,
+    )
+    _LIBRARY.impl("tiled_linear", forward, "CUDA")
+    torch.library.register_fake("tacq::tiled_linear", fake_forward, lib=_LIBRARY)
+
+
+_register_tiled()
+
+
+def quantized_linear(
+    x: Tensor, packed: StoredLinear | TiledLinear, bias: Tensor | None
+) -> Tensor:
     """Multiply x [..., in] with a packed weight and add `bias` [out]: [..., out].
 
     The tensors must have passed `check_linear`: kernels trust their indices.
@@ -132,7 +167,7 @@ def quantized_linear(x: Tensor, packed: StoredLinear, bias: Tensor | None) -> Te
 
 
 def stored_linear(
-    x: Tensor, holder: Any, layout: Layout, bias: Tensor | None
+    x: Tensor, holder: Any, layout: Layout | TiledLayout, bias: Tensor | None
 ) -> Tensor:
     """`quantized_linear` with the tensors that something holds by their names.
 
@@ -144,8 +179,22 @@ def stored_linear(
             x, holder.qweight, holder.scales, holder.outliers, bias
         )
         return out
-    assert isinstance(layout, PlanesLayout)
+    assert isinstance(layout, PlanesLayout | TiledLayout)
     has_high = layout.bits == 3
+    if isinstance(layout, TiledLayout):
+        out = torch.ops.tacq.tiled_linear(
+            x,
+            holder.qweight,
+            holder.qweight_high if has_high else None,
+            holder.grid,
+            holder.segment_starts,
+            holder.segments,
+            holder.counters,
+            bias,
+            layout.bits,
+            layout.dtype,
+        )
+        return out
     out = torch.ops.tacq.linear(
         x,
         holder.qweight,
@@ -160,19 +209,39 @@ def stored_linear(
     return out
 
 
-def prepare(packed: StoredLinear, x_dtype: torch.dtype) -> None:
+def arrange(packed: StoredLinear, x_dtype: torch.dtype) -> StoredLinear | TiledLinear:
+    """The weight in the order that its device is fastest with, for x of a type.
+
+    Where that is another one than it is stored in, tensors that are not in it may be
+    dropped.
+    """
+    kernels = _kernels_for(packed, x_dtype)
+    if kernels is None:
+        return packed
+    arranged: StoredLinear | TiledLinear = kernels.arrange(packed, x_dtype)
+    return arranged
+
+
+def prepare(packed: StoredLinear | TiledLinear, x_dtype: torch.dtype) -> None:
     """Compile, at load, the kernels that a linear will use for x of a type."""
-    kernels = _kernels(packed.scales.device.type)
+    kernels = _kernels_for(packed, x_dtype)
     if kernels is not None:
         kernels.warm_up(packed, x_dtype)
 
 
-def kernel_name(packed: StoredLinear, x_dtype: torch.dtype) -> str:
+def kernel_name(packed: StoredLinear | TiledLinear, x_dtype: torch.dtype) -> str:
     """What will multiply these weights with x of a type, on their device."""
-    kernels = _kernels(packed.scales.device.type)
+    kernels = _kernels_for(packed, x_dtype)
+    return "reference" if kernels is None else kernels.kernel_name(packed, x_dtype)
+
+
+def _kernels_for(
+    packed: StoredLinear | TiledLinear, x_dtype: torch.dtype
+) -> Kernels | None:
+    kernels = _kernels(packed.tensors()["qweight"].device.type)
     if kernels is None or not kernels.supports(packed, x_dtype):
-        return "reference"
-    return kernels.kernel_name(packed, x_dtype)
+        return None
+    return kernels
 
 
 @functools.cache

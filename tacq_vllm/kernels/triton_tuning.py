@@ -1,8 +1,9 @@
 """Sizes of the Triton kernels' tiles, by class of GPU.
 
-They are fixed: nothing is tried out while a server starts or captures CUDA graphs. No
-table was measured yet: the only one holds what arithmetic and the compiled code suggest
-for data-center GPUs of compute capability 8.0 and later.
+They are fixed: nothing is tried out while a server starts or captures CUDA graphs. The
+tiles of tiled weights were chosen by time on an H100 (`sm90`); the others are what
+arithmetic and the compiled code suggest for data-center GPUs of compute capability 8.0
+and later.
 """
 
 import functools
@@ -23,6 +24,38 @@ class Tile:
     stages: int
     entries: int = 32
     """Kept weights in one step."""
+
+
+@dataclass(frozen=True)
+class DequantizeTile:
+    """Rows of a tiled weight that one program writes, and with how many threads."""
+
+    rows: int
+    warps: int
+    segments: int
+    """Segments of kept weights in one step."""
+    sharers: int
+    """Programs that share the kept weights of some rows."""
+
+
+@dataclass(frozen=True)
+class TileGemm:
+    """What one program multiplies of a tiled weight, and with how many threads."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+    programs: int
+    """Programs that fill the GPU: columns are split where there would be fewer."""
+    segments: int
+    """Segments of kept weights in one step."""
+    registers: int | None = None
+    """Registers that a thread may have, where the compiler takes too many."""
+
+    def serves(self, count: int) -> bool:
+        """Whether so many tokens are one tile; the last of the table serves all."""
+        return count <= self.tokens
 
 
 @dataclass(frozen=True)
@@ -50,6 +83,14 @@ class Tuning:
     """Tokens up to which dequantizing into a workspace does not pay."""
     programs: int
     """Programs that fill the GPU: columns are split where there would be fewer."""
+    tile_gemm: tuple[TileGemm, ...]
+    """By tokens, ascending."""
+    tile_dequantize: DequantizeTile
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens up to which dequantizing a tiled weight does not pay."""
+        return self.tile_gemm[-1].tokens
 
 
 _UNMEASURED = Tuning(
@@ -65,6 +106,11 @@ _UNMEASURED = Tuning(
     clusters_dequantize=Tile(rows=4, columns=768, warps=4, stages=2),
     gemm_tokens=128,
     programs=256,
+    tile_gemm=(
+        TileGemm(32, 8, 2, 3, 1056, 16, registers=128),
+        TileGemm(64, 16, 4, 3, 528, 16),
+    ),
+    tile_dequantize=DequantizeTile(rows=64, warps=4, segments=32, sharers=4),
 )
 
 _TABLES: dict[str, Tuning] = {}

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tacq_vllm.kernels.tiles import BLOCK_WORDS, SEGMENT
 from tacq_vllm.kernels.triton_cluster_codes import HALF
 from tacq_vllm.kernels.triton_cluster_dequantize import cluster_dequantize_kernel
 from tacq_vllm.kernels.triton_cluster_gemv import cluster_gemv_kernel
@@ -18,6 +20,11 @@ from tacq_vllm.kernels.triton_clusters import MAX_GEMV_TOKENS
 from tacq_vllm.kernels.triton_dequantize import dequantize_kernel
 from tacq_vllm.kernels.triton_gemm import gemm_kernel
 from tacq_vllm.kernels.triton_gemv import gemv_kernel
+from tacq_vllm.kernels.triton_tile_dequantize import (
+    add_segments_kernel,
+    tile_dequantize_kernel,
+)
+from tacq_vllm.kernels.triton_tile_gemm import tile_gemm_kernel
 from tacq_vllm.kernels.triton_tuning import Tile, Tuning, tuning_for
 
 WORDS = "*i32"
@@ -56,13 +63,33 @@ def cluster_kernels(tuning: Tuning) -> Iterator[tuple[Any, Tile, dict[str, Any]]
     yield cluster_dequantize_kernel, tile, {"HALVES": tile.columns // HALF}
 
 
+def tile_kernels(
+    tuning: Tuning, bits: int, x: str
+) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """The same of the kernels of tiled weights."""
+    sizes: dict[str, Any] = {"GROUP_SIZE": 64, "BITS": bits, "BLOCK_WORDS": BLOCK_WORDS}
+    sizes |= {"SEGMENT": SEGMENT, "DTYPE": tl.bfloat16}
+    if bits != 3:
+        sizes |= {"qweight_high_ptr": None}
+    for shape in tuning.tile_gemm:
+        own = {"TOKENS": shape.tokens, "HAS_BIAS": True, "IS_SPLIT": True}
+        yield tile_gemm_kernel, shape, sizes | own
+    yield tile_dequantize_kernel, tuning.tile_dequantize, sizes
+    yield add_segments_kernel, tuning.tile_dequantize, sizes
+
+
 def compile_kernel(
-    kernel: Any, tile: Tile, constants: dict[str, Any], x: str, target: Any
+    kernel: Any, tile: Any, constants: dict[str, Any], x: str, target: Any
 ) -> None:
     """Compile one kernel for x of a type."""
-    constants = constants | {"ROWS": tile.rows, "ENTRIES": tile.entries}
+    constants = constants | {"ROWS": tile.rows}
+    if "ENTRIES" in kernel.arg_names:
+        constants |= {"ENTRIES": tile.entries}
+    else:
+        constants |= {"SEGMENTS": tile.segments}
+    constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
     pointers = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), x)
-    pointers |= {"scales_ptr": "*bf16"}
+    pointers |= {"scales_ptr": "*bf16", "sums_ptr": "*fp32"}
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -72,7 +99,8 @@ def compile_kernel(
                 name, WORDS if name.endswith("_ptr") else "i32"
             )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": getattr(tile, "stages", 3)}
+    options |= {"maxnreg": getattr(tile, "registers", None)}
     compiled = triton.compile(source, target=target, options=options)
     assert compiled.metadata.shared <= SHARED_BYTES[target.arch], (
         f"{kernel.__name__} {tile}: {compiled.metadata.shared} bytes shared"
@@ -85,8 +113,9 @@ def main() -> None:
     capability = int(sys.argv[1])
     target, tuning = GPUTarget("cuda", capability, 32), tuning_for(f"sm{capability}")
     for bits, x in ((2, "*bf16"), (3, "*bf16"), (4, "*fp16")):
-        for kernel, tile, constants in plane_kernels(tuning, bits, x):
-            compile_kernel(kernel, tile, constants, x, target)
+        for kernels in (plane_kernels, tile_kernels):
+            for kernel, tile, constants in kernels(tuning, bits, x):
+                compile_kernel(kernel, tile, constants, x, target)
     for x in ("*bf16", "*fp32"):
         for kernel, tile, constants in cluster_kernels(tuning):
             compile_kernel(kernel, tile, constants, x, target)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.kernels.ops import prepare, quantized_linear
+from tacq_vllm.kernels.ops import arrange, prepare, quantized_linear
 from tests.builders import assert_is_product, random_input, random_linear
 
 pytestmark = [
@@ -31,16 +31,18 @@ def to_gpu(packed: PackedLinear) -> PackedLinear:
 def test_real_shapes(bits: int, shape: tuple[int, int], x_dtype: torch.dtype) -> None:
     packed, dense = random_linear(bits, *shape, 64, 0.0035, torch.bfloat16, 1)
     on_gpu, bias = to_gpu(packed), random_input(shape[0], dtype=x_dtype)
+    arranged = arrange(on_gpu, x_dtype)
 
     for tokens in TOKENS:
         x = random_input(tokens, shape[1], dtype=x_dtype)
-        out = quantized_linear(x.cuda(), on_gpu, bias.cuda())
-        assert_is_product(out.cpu(), x, dense, bias)
+        for linear in (on_gpu, arranged):
+            out = quantized_linear(x.cuda(), linear, bias.cuda())
+            assert_is_product(out.cpu(), x, dense, bias)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_bits_are_the_same_from_run_to_run(tokens: int) -> None:
-    packed = linear_on_gpu(3, 4096, 4096, 64)
+    packed = arrange(linear_on_gpu(3, 4096, 4096, 64), torch.bfloat16)
     x = random_input(tokens, 4096, dtype=torch.bfloat16).cuda()
     first = quantized_linear(x, packed, None)
 
@@ -49,7 +51,7 @@ def test_bits_are_the_same_from_run_to_run(tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_runs_in_a_cuda_graph(tokens: int) -> None:
-    packed = linear_on_gpu(3, 4096, 4096, 64)
+    packed = arrange(linear_on_gpu(3, 4096, 4096, 64), torch.bfloat16)
     prepare(packed, torch.bfloat16)
     x = torch.zeros(tokens, 4096, dtype=torch.bfloat16, device="cuda")
     quantized_linear(x, packed, None)
@@ -65,7 +67,7 @@ def test_runs_in_a_cuda_graph(tokens: int) -> None:
 
 
 def test_compiles_without_graph_breaks() -> None:
-    packed = linear_on_gpu(2, 1024, 4096, -1)
+    packed = arrange(linear_on_gpu(2, 1024, 4096, -1), torch.bfloat16)
     step = torch.compile(
         lambda x: quantized_linear(x * 2, packed, None).relu(), fullgraph=True
     )

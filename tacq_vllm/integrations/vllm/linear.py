@@ -18,7 +18,7 @@ from tacq_vllm.format.layouts import layout_of, tensor_names
 from tacq_vllm.format.linear import PLANE_SUFFIXES
 from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS
 from tacq_vllm.format.schema import QuantizationSchema, num_groups
-from tacq_vllm.format.stored import StoredLinear
+from tacq_vllm.format.stored import Layout, StoredLinear
 from tacq_vllm.format.validation import fault_line
 from tacq_vllm.format.values import LinearFault, check_range, check_scales
 from tacq_vllm.integrations.vllm.errors import refuse
@@ -34,7 +34,8 @@ from tacq_vllm.integrations.vllm.params import (
     TrackedParameter,
 )
 from tacq_vllm.integrations.vllm.summary import LoadSummary
-from tacq_vllm.kernels.ops import prepare, stored_linear
+from tacq_vllm.kernels.ops import arrange, prepare, stored_linear
+from tacq_vllm.kernels.tiles import TiledLayout
 
 
 @register_weight_loader_v2_supported_method
@@ -57,6 +58,7 @@ class TacqLinearMethod(LinearMethodBase):
     ) -> None:
         self.schema = schema
         self.layout = layout_of(schema)
+        self.arranged_layout: Layout | TiledLayout = self.layout
         self.names = names
         self.files = files
         self.summary = summary
@@ -145,27 +147,35 @@ class TacqLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check that every tensor came, and merge the shards' outlier tables."""
-        if not isinstance(layer.outliers, OutlierParameter):
+        outliers = getattr(layer, "outliers", None)
+        if not isinstance(outliers, OutlierParameter):
             return
         if self.is_dummy_load:
-            table = layer.outliers.dummy()
+            table = outliers.dummy()
         else:
             self._check_loaded(layer)
             self._check_scales(layer.scales.data)
-            table = layer.outliers.merged()
+            table = outliers.merged()
         layer.outliers = Parameter(table, requires_grad=False)
         packed = self._packed(layer)
         fault = check_range(packed, self.x_dtype)
         if fault:
             refuse(f"{', '.join(self.names)}: {fault}")
-        prepare(packed, self.x_dtype)
-        self.summary.add_linear(packed, self.x_dtype)
+        arranged = arrange(packed, self.x_dtype)
+        if arranged is not packed:
+            for name in packed.tensors():
+                delattr(layer, name)
+            for name, tensor in arranged.tensors().items():
+                layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+            self.arranged_layout = arranged.layout
+        prepare(arranged, self.x_dtype)
+        self.summary.add_linear(arranged, self.x_dtype)
 
     def apply(
         self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """Multiply x [..., in] with this rank's weight."""
-        return stored_linear(x, layer, self.layout, bias)
+        return stored_linear(x, layer, self.arranged_layout, bias)
 
     def _packed(self, layer: torch.nn.Module) -> StoredLinear:
         tensors = {name: getattr(layer, name) for name in tensor_names(self.schema)}

@@ -9,6 +9,7 @@ from tacq_vllm.format.layouts import stored_bytes
 from tacq_vllm.format.schema import QuantizationSchema
 from tacq_vllm.format.stored import StoredLinear
 from tacq_vllm.kernels.ops import kernel_name
+from tacq_vllm.kernels.tiles import TiledLinear
 
 # Under vLLM's own logger, so that the line looks and goes like vLLM's others.
 logger = init_logger(f"vllm.{__name__}")
@@ -38,7 +39,9 @@ class LoadSummary:
         """Note that a linear was made, whose weights are to come."""
         self._waiting += 1
 
-    def add_linear(self, packed: StoredLinear, x_dtype: torch.dtype) -> None:
+    def add_linear(
+        self, packed: StoredLinear | TiledLinear, x_dtype: torch.dtype
+    ) -> None:
         """Note that a linear has its weights."""
         self._waiting -= 1
         self._nbytes += sum(tensor.nbytes for tensor in packed.tensors().values())

@@ -1,0 +1,168 @@
+"""The order that weights have on a GPU, and the kernels for it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tacq_vllm.format.linear import PackedLinear
+from tacq_vllm.kernels import triton_dense
+from tacq_vllm.kernels.ops import arrange
+from tacq_vllm.kernels.tiles import SEGMENT, TiledLinear, can_tile, tile
+from tests.builders import assert_is_product, random_input, random_linear
+from tests.interpreter import DEVICE
+from tests.kernels.cases import uneven_outliers
+from tests.kernels.gpu import kernel, to_device
+
+BITS = [2, 3, 4]
+DTYPES = [torch.float16, torch.bfloat16]
+EVERY_WAY = [1, 8, 9, 17]
+"""Tokens: both tiles, one of them not full, and more."""
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+
+def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+    """Multiply with the tiled weight; the product comes back."""
+    tiled = tile(to_device(packed))
+    bias = None if bias is None else bias.to(DEVICE)
+    out: Tensor = kernel.multiply(x.to(DEVICE), tiled, bias)
+    assert not tiled.counters.any()
+    return out.cpu()
+
+
+@given(
+    bits=st.sampled_from(BITS),
+    out_features=st.integers(1, 70),
+    blocks=st.integers(1, 3),
+    group_size=st.sampled_from([-1, 32, 64, 128, 256]),
+    density=st.floats(0, 0.05),
+    dtype=st.sampled_from(DTYPES),
+    x_dtype=st.sampled_from(DTYPES),
+    tokens=st.integers(0, 20),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40)
+def test_any_shape(
+    bits: int,
+    out_features: int,
+    blocks: int,
+    group_size: int,
+    density: float,
+    dtype: torch.dtype,
+    x_dtype: torch.dtype,
+    tokens: int,
+    with_bias: bool,
+    seed: int,
+) -> None:
+    in_features = 512 * blocks
+    packed, dense = random_linear(
+        bits, out_features, in_features, group_size, density, dtype, seed
+    )
+    x = random_input(max(tokens, 1), in_features, dtype=x_dtype)
+    bias = random_input(out_features, dtype=x_dtype) if with_bias else None
+
+    assert_is_product(multiply(x, packed, bias), x, dense, bias)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@uneven_outliers
+def test_uneven_outliers(bits: int, density: float, rows: slice) -> None:
+    packed, dense = random_linear(
+        bits, 37, 512, 64, density, torch.bfloat16, 1, outlier_rows=rows
+    )
+
+    for tokens in EVERY_WAY:
+        x = random_input(tokens, 512, dtype=torch.bfloat16)
+        assert_is_product(multiply(x, packed), x, dense)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_groups_larger_than_a_block(bits: int) -> None:
+    packed, dense = random_linear(bits, 40, 2048, 1024, 0.01, torch.float16, 2)
+
+    for tokens in EVERY_WAY:
+        x = random_input(tokens, 2048, dtype=torch.float16)
+        assert_is_product(multiply(x, packed), x, dense)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_splits_add_up(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    table = kernel.tuning_for("")
+    tiles = tuple(replace(shape, programs=programs) for shape in table.tile_gemm)
+    tuning = replace(table, tile_gemm=tiles)
+    monkeypatch.setattr(kernel, "tuning_for", lambda gpu_class: tuning)
+    packed, dense = random_linear(3, 70, 2560, 64, 0.02, torch.bfloat16, 3)
+    x = random_input(5, 2560, dtype=torch.bfloat16)
+    bias = random_input(70, dtype=torch.bfloat16)
+
+    out = multiply(x, packed, bias)
+
+    assert_is_product(out, x, dense, bias)
+    assert torch.equal(out, multiply(x, packed, bias))
+
+
+def test_a_weight_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, dense = random_linear(3, 150, 512, 64, 0.05, torch.bfloat16, 4)
+    x = random_input(200, 512, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(triton_dense, "_WORKSPACE_WEIGHTS", 512 * 64)
+
+    assert_is_product(multiply(x, packed), x, dense)
+
+
+def test_rows_with_hundreds_of_kept_weights_fill_segments() -> None:
+    packed, _ = random_linear(2, 3, 512, 64, 1.0, torch.bfloat16, 5, slice(1, 2))
+
+    tiled = tile(packed)
+
+    assert tiled.segment_starts.tolist() == [0, 0, 512 // SEGMENT, 512 // SEGMENT]
+    assert torch.equal(tiled.segments.flatten(), packed.outliers[4:])
+
+
+@pytest.mark.parametrize(
+    ("in_features", "group_size", "bits", "expected"),
+    [
+        (512, 64, 3, True),
+        (512, -1, 2, True),
+        (256, 64, 2, True),
+        (256, 64, 3, False),
+        (576, 64, 2, False),
+        (512, 16, 2, False),
+        (768, 96, 2, False),
+    ],
+)
+def test_what_can_be_tiled(
+    in_features: int, group_size: int, bits: int, expected: bool
+) -> None:
+    packed, _ = random_linear(
+        bits, 32, in_features, group_size, 0.01, torch.bfloat16, 6
+    )
+
+    assert can_tile(packed) == expected
+
+
+def test_a_tiled_weight_is_about_as_large() -> None:
+    packed, _ = random_linear(3, 256, 4096, 64, 0.0035, torch.bfloat16, 7)
+
+    sizes = [
+        sum(tensor.nbytes for tensor in linear.tensors().values())
+        for linear in (packed, tile(packed))
+    ]
+
+    assert sizes[1] < 1.15 * sizes[0]
+
+
+def test_what_is_arranged() -> None:
+    packed, _ = random_linear(3, 32, 512, 64, 0.01, torch.bfloat16, 8)
+
+    assert isinstance(kernel.arrange(packed, torch.bfloat16), TiledLinear)
+    assert kernel.arrange(packed, torch.float32) is packed
+    assert not kernel.supports(tile(packed), torch.float32)
+    kernel.warm_up(tile(to_device(packed)), torch.bfloat16)
+    if DEVICE.type == "cpu":
+        assert arrange(packed, torch.bfloat16) is packed
