@@ -27,8 +27,11 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tacq_vllm.format.schema import QuantizationSchema
 from tacq_vllm.format.stored import StoredLinear
+from tacq_vllm.integrations.vllm import linear as linear_method
+from tacq_vllm.integrations.vllm import summary
 from tacq_vllm.integrations.vllm.config import TacqConfig
 from tacq_vllm.kernels.reference import dequantize
+from tacq_vllm.kernels.tiles import TiledLinear, tile
 
 pytestmark = pytest.mark.vllm
 
@@ -275,6 +278,41 @@ def test_a_tensor_that_did_not_come_is_named(left_out):
             parameter.weight_loader(parameter, tensor, 1)
     with pytest.raises(ValueError, match=f"tacq: .*1 of 2 parts of {left_out}"):
         layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_weights_may_be_held_in_another_order(monkeypatch, bits):
+    def arrange(packed: StoredLinear, x_dtype: torch.dtype) -> TiledLinear:
+        return tile(packed)
+
+    monkeypatch.setattr(linear_method, "arrange", arrange)
+    monkeypatch.setattr(linear_method, "prepare", lambda linear, x_dtype: None)
+    monkeypatch.setattr(summary, "kernel_name", lambda linear, x_dtype: "triton")
+    config, packed, _ = stored_linears(
+        {"mlp.gate_proj": (128, 512), "mlp.up_proj": (128, 512)}, bits, 64
+    )
+    layer = vllm_linear.MergedColumnParallelLinear(
+        512, [128, 128], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
+    )
+    load(layer, packed["mlp.gate_proj"], 0)
+    load(layer, packed["mlp.up_proj"], 1)
+    method = layer.quant_method
+
+    method.process_weights_after_loading(layer)
+
+    held = dict(layer.named_parameters())
+    assert "scales" not in held
+    assert "outliers" not in held
+    stacked = [packed[name].scales for name in ("mlp.gate_proj", "mlp.up_proj")]
+    scales = held["grid"].T.bitwise_right_shift(16).to(torch.int16)
+    assert torch.equal(scales, torch.cat(stacked).view(torch.int16))
+    assert held["segment_starts"].numel() == 257
+    method.process_weights_after_loading(layer)
+    with torch.device("meta"):
+        for name, tensor in held.items():
+            setattr(layer, name, nn.Parameter(tensor.to("meta"), False))
+        x = torch.empty(3, 512, dtype=torch.bfloat16)
+        assert method.apply(layer, x).shape == (3, 256)
 
 
 def test_bad_tables_and_scales_are_refused():
