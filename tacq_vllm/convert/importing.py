@@ -51,8 +51,9 @@ def import_checkpoint(
         outlier_ratio: the share that is kept; by default that of recipes.
 
     Raises:
-        FormatError: the checkpoint has no config.json.
-        QuantizeError: `output` is not empty, or TaCQ cannot store the checkpoint.
+        FormatError: the checkpoint's config.json is damaged.
+        QuantizeError: there is no checkpoint, `output` is not empty, or TaCQ cannot
+            store the checkpoint.
     """
     check_output(output)
     ratio = _check_ratio(base, outlier_ratio)

@@ -6,7 +6,7 @@
 | planes as they are stored | `triton_planes` |
 | clusters | `triton_clusters` |
 
-Nothing is added across programs by atomics: the same inputs give the same bits.
+Nothing is added up in the order in which programs end: the same inputs give the same bits.
 """
 
 import torch
