@@ -6,7 +6,8 @@
 | planes as they are stored | `triton_planes` |
 | clusters | `triton_clusters` |
 
-Nothing is added up in the order in which programs end: the same inputs give the same bits.
+Nothing is added up in the order in which programs end: the same inputs give the same
+bits.
 """
 
 import torch
