@@ -57,6 +57,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
+    arguments.output.parent.mkdir(exist_ok=True)
     torch.set_default_device(arguments.device)
     on_gpu = arguments.device == "cuda"
     bandwidth = read_bandwidth()
@@ -82,8 +83,8 @@ def main() -> None:
         for m in map(int, arguments.m.split(",")):
             for row in time_kernels(kernels, m, n, k, bandwidth):
                 rows.append(device | row)
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+        # After every shape, so that a run that is cut off leaves what it has measured.
+        arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"{device['device']}; reads {bandwidth / 1e9:.1f} GB/s;", end=" ")
     print(f"torch {torch.__version__}\n")
     print_table(rows)
