@@ -4,8 +4,8 @@
 
 Weights are not loaded but made up (`load_format="dummy"`): only shapes matter for time.
 One request at a time in bfloat16: eagerly on a CPU, in a CUDA graph on a GPU, with
-attention in Triton. A token's time is that of a long answer less that of a short one, by
-their difference in tokens; the models take turns. Writes a JSON list and prints it.
+attention in Triton. A token's time is that of a long answer less that of a short one,
+by their difference in tokens; the models take turns. Writes a JSON list and prints it.
 """
 
 import argparse
