@@ -45,6 +45,11 @@ class Kernels(Protocol):
 _LIBRARY = torch.library.Library("tacq", "DEF")
 
 
+def _empty_product(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    """A product's shape, whatever the layout: the fake forward pass of every op."""
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
 def _register(
     name: str, tensors: str, numbers: str, linear: Callable[..., StoredLinear]
 ) -> None:
@@ -70,9 +75,6 @@ def _register(
         if kernels is not None and x.numel() and kernels.supports(packed, x.dtype):
             return kernels.multiply(x, packed, bias)
         return linear_forward(x, packed, bias)
-
-    def fake_forward(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
-        return x.new_empty(*x.shape[:-1], codes.shape[0])
 
     def backward(grad: Tensor, *rest: Any) -> Tensor:
         return linear_backward(grad, linear(*rest))
@@ -105,7 +107,7 @@ def _register(
     )
     library.impl(name, forward, key)
     library.impl(backward_name, backward, key)
-    torch.library.register_fake(f"tacq::{name}", fake_forward, lib=library)
+    torch.library.register_fake(f"tacq::{name}", _empty_product, lib=library)
     torch.library.register_fake(f"tacq::{backward_name}", fake_backward, lib=library)
     torch.library.register_autograd(
         f"tacq::{name}", differentiate, setup_context=save_for_backward, lib=library
@@ -134,14 +136,11 @@ def _register_tiled() -> None:
     def forward(x: Tensor, *rest: Any) -> Tensor:
         *tensors, bias, bits, dtype = rest
         if not x.numel():
-            return fake_forward(x, *rest)
+            return _empty_product(x, *rest)
         linear = make(*tensors, bits, x.shape[-1], dtype)
         kernels = _kernels_for(linear, x.dtype)
         assert kernels is not None
         return kernels.multiply(x, linear, bias)
-
-    def fake_forward(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
-        return x.new_empty(*x.shape[:-1], codes.shape[0])
 
     _LIBRARY.define(
         "tiled_linear(Tensor x, Tensor qweight, Tensor? qweight_high, Tensor grid, "
@@ -150,7 +149,7 @@ def _register_tiled() -> None:
         tags=torch.Tag.needs_fixed_stride_order,
     )
     _LIBRARY.impl("tiled_linear", forward, "CUDA")
-    torch.library.register_fake("tacq::tiled_linear", fake_forward, lib=_LIBRARY)
+    torch.library.register_fake("tacq::tiled_linear", _empty_product, lib=_LIBRARY)
 
 
 _register_tiled()

@@ -8,8 +8,8 @@ consecutive columns:
 
 So one shift and one mask turn a word into two weights side by side, a slice is
 multiplied with consecutive x, and one scale serves all of it. A scale and its
-zero-point are one word. The kept weights of a row fill segments of
-16, so that a row with hundreds of them is the work of many threads.
+zero-point are one word. The kept weights of a row fill segments of 16, so that a row
+with hundreds of them is the work of many threads.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,7 @@ import torch
 from torch import Tensor
 
 from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.format.packing import (
-    PLANE_WIDTHS,
-    WORD_BITS,
-    pack_plane,
-    packed_size,
-    unpack_plane,
-)
+from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS, pack_plane, unpack_plane
 
 BLOCK_WORDS = 16
 """Words of a row that are one block."""
@@ -140,9 +134,7 @@ def _tile_plane(plane: Tensor, width: int, in_features: int) -> Iterator[Tensor]
         codes = unpack_plane(words, width, in_features)
         blocks = codes.view(len(words), -1, fields, BLOCK_WORDS, 2)
         dealt = blocks.permute(0, 1, 3, 4, 2).reshape(len(words), in_features)
-        tiled = pack_plane(dealt, width)
-        assert tiled.shape[1] == packed_size(in_features, width)
-        yield tiled
+        yield pack_plane(dealt, width)
 
 
 def _fill_segments(table: Tensor, out_features: int) -> tuple[Tensor, Tensor]:

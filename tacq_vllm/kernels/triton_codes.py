@@ -86,6 +86,15 @@ def entries_of_rows(outliers_ptr, block, ROWS: tl.constexpr, out_features):
 
 
 @triton.jit
+def high_half(words, DTYPE: tl.constexpr):
+    """The 16-bit number in the high half of words, as float32."""
+    if DTYPE.is_bf16():
+        return (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        return (words >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def load_entries(
     outliers_ptr,
     start,
@@ -111,10 +120,7 @@ def load_entries(
         mask=entries < tl.max(ends, axis=0),
         other=0,
     )
-    if DTYPE.is_bf16():
-        values = (words & -65536).to(tl.float32, bitcast=True)
-    else:
-        values = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    values = high_half(words, DTYPE)
     return words & 0xFFFF, owned, tl.where(owned, values[None, :], 0.0)
 
 

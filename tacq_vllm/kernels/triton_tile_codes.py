@@ -7,6 +7,8 @@ number without a conversion. What the number is too large by is part of the zero
 import triton
 import triton.language as tl
 
+from tacq_vllm.kernels.triton_codes import high_half
+
 
 @triton.jit
 def slice_words(
@@ -54,15 +56,6 @@ def slice_values(
 def value_offset(dtype):
     """What `slice_values` are too large by."""
     return 128.0 if dtype.is_bf16() else 1024.0
-
-
-@triton.jit
-def high_half(words, DTYPE: tl.constexpr):
-    """The 16-bit number in the high half of words, as float32."""
-    if DTYPE.is_bf16():
-        return (words & -65536).to(tl.float32, bitcast=True)
-    else:
-        return (words >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @triton.jit

@@ -62,9 +62,9 @@ def tile_gemm_kernel(
 ):
     """Multiply x [tokens, in]: out [tokens, out]; sums are [splits, tokens, out].
 
-    The grid is (out / ROWS, tokens / TOKENS, splits): a split adds up `split_blocks`
-    blocks of columns, and its share of the rows' kept weights. GROUP_SIZE is 0 for
-    groups that are whole rows.
+    The grid is (out / ROWS, splits): a split adds up `split_blocks` blocks of columns,
+    and its share of the rows' kept weights. There are at most TOKENS tokens, GROUP_SIZE
+    is 0 for groups that are whole rows.
     """
     FIELDS: tl.constexpr = 4 if BITS == 4 else 8
     HALVES: tl.constexpr = 2 if BITS == 3 else 1
@@ -74,8 +74,8 @@ def tile_gemm_kernel(
     OFFSET: tl.constexpr = value_offset(X_TYPE)
     GROUPS: tl.constexpr = groups_in(HALVES * COLUMNS, GROUP_SIZE)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    numbers = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    split, splits = tl.program_id(2), tl.num_programs(2)
+    numbers = tl.arange(0, TOKENS)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     is_row, is_token = rows < out_features, numbers < tokens
     x_starts = x_ptr + numbers[None, :] * in_features
     num_words = in_features // (2 * FIELDS)
@@ -156,8 +156,7 @@ def tile_gemm_kernel(
         tl.store(sums_ptr + split * size + place, total, mask=mask)
         # Every thread's sums are stored before one thread counts.
         tl.debug_barrier()
-        counter = counters_ptr + tl.program_id(1) * tl.num_programs(0)
-        counter += tl.program_id(0)
+        counter = counters_ptr + tl.program_id(0)
         if tl.atomic_add(counter, 1, sem="acq_rel") != splits - 1:
             return
         tl.store(counter, 0)

@@ -44,20 +44,17 @@ def tiles_token_counts(tuning: Tuning) -> tuple[int, ...]:
 
 def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) -> Tensor:
     tokens, out_features = x.shape[0], tiled.out_features
-    shape = next(tile for tile in tuning.tile_gemm if tile.serves(tokens))
-    grid = (
-        triton.cdiv(out_features, shape.rows),
-        triton.cdiv(tokens, shape.tokens),
-    )
+    shape = next(tile for tile in tuning.tile_gemm if tokens <= tile.tokens)
+    row_blocks = triton.cdiv(out_features, shape.rows)
     blocks = tiled.in_features // block_columns(tiled.bits)
-    splits = min(blocks, triton.cdiv(shape.programs, grid[0] * grid[1]))
+    splits = min(blocks, triton.cdiv(shape.programs, row_blocks))
     split_blocks = triton.cdiv(blocks, splits)
     splits = triton.cdiv(blocks, split_blocks)
     out = x.new_empty(tokens, out_features)
     sums = None
     if splits > 1:
         sums = x.new_empty(splits, tokens, out_features, dtype=torch.float32)
-    tile_gemm_kernel[*grid, splits](
+    tile_gemm_kernel[row_blocks, splits](
         x,
         *_codes(tiled),
         tiled.segment_starts,

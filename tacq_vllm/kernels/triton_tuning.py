@@ -53,10 +53,6 @@ class TileGemm:
     registers: int | None = None
     """Registers that a thread may have, where the compiler takes too many."""
 
-    def serves(self, count: int) -> bool:
-        """Whether so many tokens are one tile; the last of the table serves all."""
-        return count <= self.tokens
-
 
 @dataclass(frozen=True)
 class GemmTile(Tile):
