@@ -10,17 +10,16 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     GenerationConfig,
     GgufConfig,
     StoppingCriteria,
 )
-from transformers.cache_utils import DynamicLayer
 
 import tacq_vllm.integrations.transformers  # noqa: F401 - registers the format
 from tacq_vllm import __version__
 from tacq_vllm.evaluate.loading import model_identity, model_name, opened
 from tacq_vllm.evaluate.runner import Continuation, Likelihood, Prompt, cut_at_stop
+from tacq_vllm.evaluate.stem import Stem
 
 _BATCH = 8
 """Prompts that are continued together."""
@@ -57,14 +56,15 @@ class TransformersRunner:
     @torch.no_grad()
     def likelihoods(self, asked: Sequence[Continuation]) -> Iterator[Likelihood]:
         """How likely each continuation is, one sequence at a time, without padding."""
-        prefix = _Prefix(self._model)
-        for one in asked:
-            logits = prefix.logits(one.context + one.tokens, len(one.tokens))
-            target = torch.tensor(one.tokens, device=logits.device)
-            chosen = logits.gather(-1, target[:, None])[:, 0]
-            total = (chosen - logits.logsumexp(-1)).double().sum()
-            greedy = bool((chosen == logits.max(-1).values).all())
-            yield Likelihood(float(total), greedy)
+        stem = Stem(self._model)
+        # The answers to choose from differ in their last tokens, which are not read.
+        groups = [(read, tuple(group)) for read, group in groupby(asked, _read)]
+        sequences = [read for read, _ in groups]
+        for number, (read, group) in enumerate(groups, start=1):
+            count = max(len(one.tokens) for one in group)
+            logits = stem.logits(read, count, sequences[number:])
+            for one in group:
+                yield _likelihood(one.tokens, logits[-len(one.tokens) :])
 
     @torch.no_grad()
     def texts(self, asked: Sequence[Prompt]) -> Iterator[str]:
@@ -109,43 +109,18 @@ class TransformersRunner:
         return [cut_at_stop(text, stops) for text in decoded]
 
 
-class _Prefix:
-    """Keeps what attention needs of one sequence, for the next that begins alike.
+def _read(one: Continuation) -> tuple[int, ...]:
+    """What goes into the model to score a continuation."""
+    return one.context + one.tokens[:-1]
 
-    Few-shot prompts are mostly the same examples over and over.
-    """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._tokens: tuple[int, ...] = ()
-        self._cache = DynamicCache(config=model.config)
-
-    def logits(self, tokens: tuple[int, ...], count: int) -> Tensor:
-        """What is predicted for the last tokens: float32 [count, vocabulary]."""
-        shared = self._shared(tokens[:-count])
-        surplus = len(self._tokens) - shared
-        if shared == 0:
-            self._cache = DynamicCache(config=self._model.config)
-        elif surplus:
-            self._cache.crop(-surplus)
-        device = self._model.device
-        output = self._model(
-            torch.tensor([tokens[shared:-1]], device=device),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=count,
-        )
-        self._tokens = tokens[:-1]
-        logits: Tensor = output.logits[0, -count:].float()
-        return logits
-
-    def _shared(self, context: tuple[int, ...]) -> int:
-        """Tokens that need not go through the model again; one of them must."""
-        if not all(type(layer) is DynamicLayer for layer in self._cache.layers):
-            # A sliding window or a recurrent state cannot be taken back.
-            return 0
-        pairs = zip(self._tokens, context[:-1], strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+def _likelihood(tokens: tuple[int, ...], logits: Tensor) -> Likelihood:
+    """Of tokens whose places have these logits [tokens, vocabulary]."""
+    target = torch.tensor(tokens, device=logits.device)
+    chosen = logits.gather(-1, target[:, None])[:, 0]
+    total = (chosen - logits.logsumexp(-1)).double().sum()
+    greedy = bool((chosen == logits.max(-1).values).all())
+    return Likelihood(float(total), greedy)
 
 
 class _Stops(StoppingCriteria):  # type: ignore[misc]

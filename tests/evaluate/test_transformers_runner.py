@@ -72,6 +72,31 @@ def test_likelihoods_are_those_of_each_sequence_alone(
         assert answer.greedy == bool((logits.argmax(-1) == target).all())
 
 
+@pytest.mark.parametrize("model", ["tiny_model", "sliding_model"])
+def test_what_prompts_share_goes_through_the_model_once(
+    model: str, request: pytest.FixtureRequest
+) -> None:
+    """Two subjects of three questions each, two of which share a word more."""
+    runner = opened(request.getfixturevalue(model))
+    read: list[int] = []
+    runner._model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(args[0].shape[1]), with_kwargs=True
+    )
+    subjects = [tuple(range(3, 43)), (*range(3, 13), *range(50, 80))]
+    questions = [(90, 91, 92), (90, 93, 94), (95, 96)]
+    asked = [
+        Continuation(subject + question, (answer,))
+        for subject in subjects
+        for question in questions
+        for answer in (5, 6, 7, 8)
+    ]
+
+    answers = list(runner.likelihoods(asked))
+
+    assert len(answers) == 24
+    assert read == [40, 3, 3, 2, 40, 3, 3, 2]
+
+
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_perplexity_is_that_of_a_plain_script(
     tiny_checkpoint: Path, dequantize: bool
