@@ -2,14 +2,15 @@
 
 Codes of a block of columns are dealt out anew. What a word's halves hold at one place
 are neighbours in the weight, and the same place of all words of a block is one slice of
-consecutive columns:
+consecutive columns; the low plane has 32 words in a block, the high one of 3 bits 16:
 
-    column  first + j · SLICE + 2 · w + h   is field  j  of half  h  of word  w
+    column  first + j · 2 · words + 2 · w + h   is field  j  of half  h  of word  w
 
-So one shift and one mask turn a word into two weights side by side, a slice is
-multiplied with consecutive x, and one scale serves all of it. A scale and its
-zero-point are one word. The kept weights of a row fill segments of 16, so that a row
-with hundreds of them is the work of many threads.
+So one mask turns a word into two weights side by side, and the words that a thread
+loads at once are what tensor cores take from it. The last block is filled up with
+zeros. A scale and its zero-point are one word, those of 16 rows are neighbours. The
+kept weights of a row fill segments of 16, so that a row with hundreds of them is the
+work of many threads.
 """
 
 from collections.abc import Iterator
@@ -17,17 +18,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS, pack_plane, unpack_plane
 
-BLOCK_WORDS = 16
-"""Words of a row that are one block."""
+BLOCK_WORDS = 32
+"""Words of a row's low plane that are one block."""
 SLICE = 2 * BLOCK_WORDS
-"""Columns of a slice."""
+"""Columns that have the same place in a block's words."""
+ROWS = 16
+"""Rows whose scales are neighbours, and that programs count together."""
+TOKEN_BLOCKS = 4
+"""Blocks of tokens that are multiplied in one launch, at most."""
 SEGMENT = 16
 """Kept weights of a segment."""
-ROWS_PER_COUNTER = 16
+_SMALLEST_GROUP = 32
+_LARGEST_PADDING = 1.25
+"""Columns with what fills the last block, by those of the weight."""
 _ROWS_AT_A_TIME = 1024
 
 
@@ -48,14 +56,15 @@ class TiledLinear:
     """int32 [out, words]: the low plane of the codes."""
     qweight_high: Tensor | None
     grid: Tensor
-    """int32 [groups, out]: a scale's 16 bits above its zero-point."""
+    """int32 [out / ROWS, groups, ROWS]: a scale's 16 bits above its zero-point's, which
+    is a bfloat16; 0 for rows and groups that the weight does not have."""
     segment_starts: Tensor
     """int32 [out + 1]: the first segment of each row's kept weights, and the end."""
     segments: Tensor
     """int32 [segments, SEGMENT]: columns and values as in the outlier table; what a
     row leaves over is 0, which adds nothing."""
     counters: Tensor
-    """int32 [out / ROWS_PER_COUNTER]: where programs count that add to the same rows.
+    """int32 [out / ROWS, TOKEN_BLOCKS]: where programs count that add to the same sums.
 
     They are zero between kernels; a weight is multiplied by one stream at a time.
     """
@@ -75,9 +84,15 @@ class TiledLinear:
         return self.qweight.shape[0]
 
     @property
+    def blocks(self) -> int:
+        """Blocks of columns."""
+        return self.qweight.shape[1] // BLOCK_WORDS
+
+    @property
     def group_size(self) -> int:
-        """Input columns that share a scale."""
-        return self.in_features // self.grid.shape[0]
+        """Columns that share a scale, where there are several groups; else 0."""
+        groups = self.grid.shape[1]
+        return 0 if groups == 1 else self.blocks * block_columns(self.bits) // groups
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their names."""
@@ -93,29 +108,31 @@ class TiledLinear:
 
 
 def can_tile(packed: PackedLinear) -> bool:
-    """Whether blocks and slices fall between columns and groups."""
+    """Whether groups fit into blocks, and the last block is not much too large."""
     size, groups = packed.group_size, packed.scales.shape[1]
-    return packed.in_features % block_columns(packed.bits) == 0 and (
-        groups == 1 or (size >= SLICE and size.bit_count() == 1)
-    )
+    has_groups = size >= _SMALLEST_GROUP and size.bit_count() == 1
+    if (groups > 1 and not has_groups) or packed.in_features % _SMALLEST_GROUP:
+        return False
+    return _padded_columns(packed) <= _LARGEST_PADDING * packed.in_features
 
 
 def tile(packed: PackedLinear) -> TiledLinear:
     """Deal out the codes of a weight anew; `can_tile` says of which."""
     widths = PLANE_WIDTHS[packed.bits]
+    columns = _padded_columns(packed)
     planes = [
-        torch.cat(list(_tile_plane(plane, width, packed.in_features)))
+        torch.cat(list(_tile_plane(plane, width, packed, columns)))
         for plane, width in zip(packed.weight_planes, widths, strict=True)
     ]
     starts, segments = _fill_segments(packed.outliers, packed.out_features)
-    scales = packed.scales.view(torch.int16).to(torch.int32)
+    row_blocks = -(-packed.out_features // ROWS)
     return TiledLinear(
         qweight=planes[0],
         qweight_high=planes[1] if len(planes) > 1 else None,
-        grid=(scales << 16 | packed.zeros.to(torch.int32)).T.contiguous(),
+        grid=_tile_grid(packed, row_blocks, columns),
         segment_starts=starts,
         segments=segments,
-        counters=packed.outliers.new_zeros(-(-packed.out_features // ROWS_PER_COUNTER)),
+        counters=packed.outliers.new_zeros(row_blocks, TOKEN_BLOCKS),
         bits=packed.bits,
         in_features=packed.in_features,
         dtype=packed.scales.dtype,
@@ -123,18 +140,41 @@ def tile(packed: PackedLinear) -> TiledLinear:
 
 
 def block_columns(bits: int) -> int:
-    """Columns of a block of the plane with the narrowest fields."""
-    return WORD_BITS // min(PLANE_WIDTHS[bits]) * BLOCK_WORDS
+    """Columns of a block."""
+    return WORD_BITS // PLANE_WIDTHS[bits][0] * BLOCK_WORDS
 
 
-def _tile_plane(plane: Tensor, width: int, in_features: int) -> Iterator[Tensor]:
+def _padded_columns(packed: PackedLinear) -> int:
+    """Columns of whole blocks."""
+    size = block_columns(packed.bits)
+    return -(-packed.in_features // size) * size
+
+
+def _tile_plane(
+    plane: Tensor, width: int, packed: PackedLinear, columns: int
+) -> Iterator[Tensor]:
     """A plane in its new order, some rows at a time."""
     fields = WORD_BITS // width // 2
-    for words in plane.split(_ROWS_AT_A_TIME):
-        codes = unpack_plane(words, width, in_features)
-        blocks = codes.view(len(words), -1, fields, BLOCK_WORDS, 2)
-        dealt = blocks.permute(0, 1, 3, 4, 2).reshape(len(words), in_features)
+    words = block_columns(packed.bits) // (2 * fields)
+    for part in plane.split(_ROWS_AT_A_TIME):
+        codes = unpack_plane(part, width, packed.in_features)
+        codes = pad(codes, (0, columns - packed.in_features))
+        blocks = codes.view(len(part), -1, fields, words, 2)
+        dealt = blocks.permute(0, 1, 3, 4, 2).reshape(len(part), columns)
         yield pack_plane(dealt, width)
+
+
+def _tile_grid(packed: PackedLinear, row_blocks: int, columns: int) -> Tensor:
+    """Scales and zero-points, with those of rows and groups that only blocks have."""
+    groups = packed.scales.shape[1]
+    padded_groups = max(1, columns // packed.group_size) if groups > 1 else 1
+    scales = packed.scales.view(torch.int16).to(torch.int32)
+    zeros = packed.zeros.to(torch.bfloat16).view(torch.int16).to(torch.int32)
+    words = pad(
+        scales << 16 | zeros,
+        (0, padded_groups - groups, 0, row_blocks * ROWS - packed.out_features),
+    )
+    return words.view(row_blocks, ROWS, padded_groups).transpose(1, 2).contiguous()
 
 
 def _fill_segments(table: Tensor, out_features: int) -> tuple[Tensor, Tensor]:

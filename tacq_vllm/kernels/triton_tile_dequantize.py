@@ -3,11 +3,15 @@
 import triton
 import triton.language as tl
 
-from tacq_vllm.kernels.triton_codes import entries_of_rows
+from tacq_vllm.kernels.triton_codes import entries_of_rows, high_half
 from tacq_vllm.kernels.triton_tile_codes import (
+    field_unit,
+    group_of_slice,
     load_segments,
+    offset_words,
     scales_and_zeros,
     slice_words,
+    value_offset,
 )
 
 
@@ -19,53 +23,61 @@ def tile_dequantize_kernel(
     out_ptr,
     first_row,
     last_row,
-    out_features,
     in_features,
+    blocks,
     GROUP_SIZE: tl.constexpr,
     BITS: tl.constexpr,
+    IS_PADDED: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
+    GRID_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Write rows [first_row, last_row) of W, less its kept weights, to out.
 
     The grid is (rows / ROWS, blocks of columns); `first_row` is a multiple of ROWS,
-    GROUP_SIZE is 0 for groups that are whole rows.
+    GROUP_SIZE is 0 for groups that are whole rows, IS_PADDED says that the last block
+    has more columns than W. Scales of GRID_ROWS rows are neighbours.
     """
     FIELDS: tl.constexpr = 4 if BITS == 4 else 8
-    HALVES: tl.constexpr = 2 if BITS == 3 else 1
     SLICE: tl.constexpr = 2 * BLOCK_WORDS
     COLUMNS: tl.constexpr = FIELDS * SLICE
+    PARTS: tl.constexpr = 2 if GROUP_SIZE == SLICE // 2 else 1
+    TYPE: tl.constexpr = out_ptr.dtype.element_ty
     rows = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1)
     is_row = rows < last_row
-    num_words = in_features // (2 * FIELDS)
     out_rows = out_ptr + (rows - first_row).to(tl.int64) * in_features
-    words = block * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)[None, :]
-
-    high = 0
+    words = tl.arange(0, BLOCK_WORDS)[None, :]
+    places = rows[:, None] * (blocks * BLOCK_WORDS) + block * BLOCK_WORDS + words
+    low = tl.load(qweight_ptr + places, mask=is_row[:, None], other=0)
+    high = low
     if BITS == 3:
-        places = qweight_high_ptr + rows[:, None] * (num_words // 2) + words
-        high = tl.load(places, mask=is_row[:, None], other=0)
-    for half in tl.static_range(HALVES):
-        part = block * HALVES + half
-        words = part * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)[None, :]
-        places = qweight_ptr + rows[:, None] * num_words + words
-        low = tl.load(places, mask=is_row[:, None], other=0)
-        for field in tl.static_range(FIELDS):
-            start = part * COLUMNS + field * SLICE
-            group = start // GROUP_SIZE if GROUP_SIZE > 0 else 0
-            word = tl.load(grid_ptr + group * out_features + rows, mask=is_row, other=0)
-            scales, zeros = scales_and_zeros(word, DTYPE)
-            codes = slice_words(low, high, half, field, BITS, 0)
-            pairs = tl.join(codes & 0xFFFF, codes >> 16).reshape(ROWS, SLICE)
-            weight = (pairs.to(tl.float32) - zeros[:, None]) * scales[:, None]
-            columns = start + tl.arange(0, SLICE)
-            tl.store(
-                out_rows[:, None] + columns[None, :],
-                weight.to(out_ptr.dtype.element_ty),
-                mask=is_row[:, None],
-            )
+        HALF: tl.constexpr = BLOCK_WORDS // 2
+        places = rows[:, None] * (blocks * HALF) + block * HALF + words % HALF
+        high = tl.load(qweight_high_ptr + places, mask=is_row[:, None], other=0)
+        high >>= words // HALF
+    groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
+    grid_rows = grid_ptr + rows // GRID_ROWS * (groups * GRID_ROWS) + rows % GRID_ROWS
+    parts = tl.arange(0, PARTS)[None, :] * GRID_ROWS
+    for field in tl.static_range(FIELDS):
+        group = group_of_slice(block, field * SLICE, COLUMNS, GROUP_SIZE)
+        places = grid_rows[:, None] + group * GRID_ROWS + parts
+        grid = tl.load(places, mask=is_row[:, None], other=0)
+        scales, zeros = scales_and_zeros(grid, DTYPE)
+        unit = field_unit(field, BITS)
+        codes = slice_words(low, high, offset_words(TYPE), field, BITS)
+        values = tl.join(high_half(codes << 16, TYPE), high_half(codes, TYPE))
+        values = values.reshape(ROWS, PARTS, SLICE // PARTS)
+        # Exact: what is taken off has as few bits, and units are powers of 2.
+        codes_off_zero = values - (value_offset(TYPE) + zeros / unit)[:, :, None]
+        weight = codes_off_zero * (scales * unit)[:, :, None]
+        weight = weight.to(TYPE).reshape(ROWS, SLICE)
+        columns = block * COLUMNS + field * SLICE + tl.arange(0, SLICE)[None, :]
+        mask = is_row[:, None]
+        if IS_PADDED:
+            mask = mask & (columns < in_features)
+        tl.store(out_rows[:, None] + columns, weight, mask=mask)
 
 
 @triton.jit

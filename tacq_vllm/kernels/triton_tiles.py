@@ -2,23 +2,38 @@
 
 | tokens | way |
 | --- | --- |
-| up to `tile_tokens` of the tuning table | `triton_tile_gemm`: tensor cores |
+| up to four of the largest tiles | `triton_tile_gemm`: tensor cores |
 | more | `triton_tile_dequantize` into a workspace, then PyTorch's product |
 """
 
 import torch
 import triton
 import triton.language as tl
+from packaging.version import Version
 from torch import Tensor
 
-from tacq_vllm.kernels.tiles import BLOCK_WORDS, SEGMENT, TiledLinear, block_columns
+from tacq_vllm.kernels.tiles import (
+    BLOCK_WORDS,
+    ROWS,
+    SEGMENT,
+    TOKEN_BLOCKS,
+    TiledLinear,
+    block_columns,
+)
 from tacq_vllm.kernels.triton_dense import dense_product
+from tacq_vllm.kernels.triton_tile_codes import offset_words
 from tacq_vllm.kernels.triton_tile_dequantize import (
     add_segments_kernel,
     tile_dequantize_kernel,
 )
 from tacq_vllm.kernels.triton_tile_gemm import tile_gemm_kernel
 from tacq_vllm.kernels.triton_tuning import Tuning
+
+OPERAND_WIDTH = 2 if Version(triton.__version__) >= Version("3.8") else 4
+"""Columns of an operand that Triton gives a thread before the next thread's begin.
+
+Another number gives the same products; but then operands are exchanged between threads.
+"""
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -27,7 +42,7 @@ def tiles_product(
     x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning
 ) -> Tensor:
     """Multiply x [tokens, in], contiguous, 16 bits, with the weight: [tokens, out]."""
-    if x.shape[0] <= tuning.tile_tokens:
+    if x.shape[0] <= _gemm_tokens(tuning):
         return _gemm(x, tiled, bias, tuning)
 
     def dequantize(start: int, stop: int) -> Tensor:
@@ -39,22 +54,29 @@ def tiles_product(
 
 def tiles_token_counts(tuning: Tuning) -> tuple[int, ...]:
     """Numbers of tokens that between them need every kernel."""
-    return (*(tile.tokens for tile in tuning.tile_gemm), tuning.tile_tokens + 1)
+    return (*(tile.tokens for tile in tuning.tile_gemm), _gemm_tokens(tuning) + 1)
+
+
+def _gemm_tokens(tuning: Tuning) -> int:
+    """Tokens up to which dequantizing does not pay."""
+    return TOKEN_BLOCKS * tuning.tile_gemm[-1].tokens
 
 
 def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) -> Tensor:
     tokens, out_features = x.shape[0], tiled.out_features
-    shape = next(tile for tile in tuning.tile_gemm if tokens <= tile.tokens)
-    row_blocks = triton.cdiv(out_features, shape.rows)
-    blocks = tiled.in_features // block_columns(tiled.bits)
-    splits = min(blocks, triton.cdiv(shape.programs, row_blocks))
-    split_blocks = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, split_blocks)
+    shapes = tuning.tile_gemm
+    shape = next((tile for tile in shapes if tokens <= tile.tokens), shapes[-1])
+    row_blocks = triton.cdiv(out_features, ROWS)
+    token_blocks = triton.cdiv(tokens, shape.tokens)
+    # No more programs than can be there at once: the last ones would be alone.
+    splits = max(1, shape.programs // (row_blocks * token_blocks))
+    split_blocks = triton.cdiv(tiled.blocks, splits)
+    splits = triton.cdiv(tiled.blocks, split_blocks)
     out = x.new_empty(tokens, out_features)
     sums = None
     if splits > 1:
         sums = x.new_empty(splits, tokens, out_features, dtype=torch.float32)
-    tile_gemm_kernel[row_blocks, splits](
+    tile_gemm_kernel[row_blocks, splits, token_blocks](
         x,
         *_codes(tiled),
         tiled.segment_starts,
@@ -66,20 +88,24 @@ def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) ->
         tokens,
         out_features,
         tiled.in_features,
+        tiled.blocks,
         split_blocks,
-        GROUP_SIZE=_group_size(tiled),
+        offset_words(_DTYPES[x.dtype]),
+        GROUP_SIZE=tiled.group_size,
         BITS=tiled.bits,
+        IS_PADDED=_is_padded(tiled),
         HAS_BIAS=bias is not None,
         IS_SPLIT=splits > 1,
+        WIDTH=OPERAND_WIDTH,
         BLOCK_WORDS=BLOCK_WORDS,
-        ROWS=shape.rows,
+        ROWS=ROWS,
         TOKENS=shape.tokens,
+        TOKEN_BLOCKS=TOKEN_BLOCKS,
         SEGMENTS=shape.segments,
         SEGMENT=SEGMENT,
         DTYPE=_DTYPES[tiled.dtype],
-        num_warps=shape.warps,
-        num_stages=shape.stages,
-        maxnreg=shape.registers,
+        num_warps=1,
+        num_stages=1,
     )
     return out
 
@@ -89,22 +115,24 @@ def _dequantize(
 ) -> Tensor:
     shape = tuning.tile_dequantize
     out = tiled.qweight.new_empty(stop - start, tiled.in_features, dtype=dtype)
-    blocks = triton.cdiv(stop - start, shape.rows)
-    tile_dequantize_kernel[blocks, tiled.in_features // block_columns(tiled.bits)](
+    row_blocks = triton.cdiv(stop - start, shape.rows)
+    tile_dequantize_kernel[row_blocks, tiled.blocks](
         *_codes(tiled),
         out,
         start,
         stop,
-        tiled.out_features,
         tiled.in_features,
-        GROUP_SIZE=_group_size(tiled),
+        tiled.blocks,
+        GROUP_SIZE=tiled.group_size,
         BITS=tiled.bits,
+        IS_PADDED=_is_padded(tiled),
         BLOCK_WORDS=BLOCK_WORDS,
+        GRID_ROWS=ROWS,
         ROWS=shape.rows,
         DTYPE=_DTYPES[tiled.dtype],
         num_warps=shape.warps,
     )
-    add_segments_kernel[blocks, shape.sharers](
+    add_segments_kernel[row_blocks, shape.sharers](
         tiled.segment_starts,
         tiled.segments,
         out,
@@ -125,6 +153,6 @@ def _codes(tiled: TiledLinear) -> tuple[Tensor | None, ...]:
     return tiled.qweight, tiled.qweight_high, tiled.grid
 
 
-def _group_size(tiled: TiledLinear) -> int:
-    """Columns of a group; 0 where groups are whole rows."""
-    return 0 if tiled.grid.shape[0] == 1 else tiled.group_size
+def _is_padded(tiled: TiledLinear) -> bool:
+    """Whether the last block has columns that the weight does not have."""
+    return tiled.in_features < tiled.blocks * block_columns(tiled.bits)

@@ -1,9 +1,9 @@
 """Sizes of the Triton kernels' tiles, by class of GPU.
 
-They are fixed: nothing is tried out while a server starts or captures CUDA graphs. The
-tiles of tiled weights were chosen by time on an H100 (`sm90`); the others are what
-arithmetic and the compiled code suggest for data-center GPUs of compute capability 8.0
-and later.
+They are fixed: nothing is tried out while a server starts or captures CUDA graphs. They
+are what arithmetic and the compiled code suggest for data-center GPUs of compute
+capability 8.0 and later: programs of tiled weights are as many as an H100 has registers
+for.
 """
 
 import functools
@@ -40,18 +40,14 @@ class DequantizeTile:
 
 @dataclass(frozen=True)
 class TileGemm:
-    """What one program multiplies of a tiled weight, and with how many threads."""
+    """How the work of multiplying some tokens with a tiled weight is cut up."""
 
-    rows: int
     tokens: int
-    warps: int
-    stages: int
+    """At most; a multiple of 8."""
     programs: int
     """Programs that fill the GPU: columns are split where there would be fewer."""
     segments: int
     """Segments of kept weights in one step."""
-    registers: int | None = None
-    """Registers that a thread may have, where the compiler takes too many."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +79,6 @@ class Tuning:
     """By tokens, ascending."""
     tile_dequantize: DequantizeTile
 
-    @property
-    def tile_tokens(self) -> int:
-        """Tokens up to which dequantizing a tiled weight does not pay."""
-        return self.tile_gemm[-1].tokens
-
 
 _UNMEASURED = Tuning(
     gemv=Tile(rows=16, columns=2048, warps=4, stages=2),
@@ -103,8 +94,8 @@ _UNMEASURED = Tuning(
     gemm_tokens=128,
     programs=256,
     tile_gemm=(
-        TileGemm(32, 8, 2, 3, 1056, 16, registers=128),
-        TileGemm(64, 16, 4, 3, 528, 16),
+        TileGemm(tokens=8, programs=1848, segments=16),
+        TileGemm(tokens=16, programs=1320, segments=16),
     ),
     tile_dequantize=DequantizeTile(rows=64, warps=4, segments=32, sharers=4),
 )

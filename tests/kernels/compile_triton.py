@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tacq_vllm.kernels.tiles import BLOCK_WORDS, SEGMENT
+from tacq_vllm.kernels.tiles import BLOCK_WORDS, ROWS, SEGMENT, TOKEN_BLOCKS
 from tacq_vllm.kernels.triton_cluster_codes import HALF
 from tacq_vllm.kernels.triton_cluster_dequantize import cluster_dequantize_kernel
 from tacq_vllm.kernels.triton_cluster_gemv import cluster_gemv_kernel
@@ -25,11 +25,14 @@ from tacq_vllm.kernels.triton_tile_dequantize import (
     tile_dequantize_kernel,
 )
 from tacq_vllm.kernels.triton_tile_gemm import tile_gemm_kernel
+from tacq_vllm.kernels.triton_tiles import OPERAND_WIDTH
 from tacq_vllm.kernels.triton_tuning import Tile, Tuning, tuning_for
 
 WORDS = "*i32"
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Shared memory that a program may have, by compute capability."""
+EXCHANGES = 60
+"""Between threads of `tile_gemm_kernel`: of kept weights alone, codes take 200."""
 
 
 def plane_kernels(
@@ -66,13 +69,15 @@ def cluster_kernels(tuning: Tuning) -> Iterator[tuple[Any, Tile, dict[str, Any]]
 def tile_kernels(
     tuning: Tuning, bits: int, x: str
 ) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
-    """The same of the kernels of tiled weights."""
-    sizes: dict[str, Any] = {"GROUP_SIZE": 64, "BITS": bits, "BLOCK_WORDS": BLOCK_WORDS}
+    """The same of the kernels of tiled weights, with a last block that is not full."""
+    sizes: dict[str, Any] = {"GROUP_SIZE": 64, "BITS": bits, "IS_PADDED": True}
+    sizes |= {"BLOCK_WORDS": BLOCK_WORDS, "GRID_ROWS": ROWS}
     sizes |= {"SEGMENT": SEGMENT, "DTYPE": tl.bfloat16}
     if bits != 3:
         sizes |= {"qweight_high_ptr": None}
     for shape in tuning.tile_gemm:
-        own = {"TOKENS": shape.tokens, "HAS_BIAS": True, "IS_SPLIT": True}
+        own = {"ROWS": ROWS, "TOKENS": shape.tokens, "TOKEN_BLOCKS": TOKEN_BLOCKS}
+        own |= {"HAS_BIAS": True, "IS_SPLIT": True, "WIDTH": OPERAND_WIDTH}
         yield tile_gemm_kernel, shape, sizes | own
     yield tile_dequantize_kernel, tuning.tile_dequantize, sizes
     yield add_segments_kernel, tuning.tile_dequantize, sizes
@@ -82,7 +87,7 @@ def compile_kernel(
     kernel: Any, tile: Any, constants: dict[str, Any], x: str, target: Any
 ) -> None:
     """Compile one kernel for x of a type."""
-    constants = constants | {"ROWS": tile.rows}
+    constants = {"ROWS": getattr(tile, "rows", None)} | constants
     if "ENTRIES" in kernel.arg_names:
         constants |= {"ENTRIES": tile.entries}
     else:
@@ -99,12 +104,18 @@ def compile_kernel(
                 name, WORDS if name.endswith("_ptr") else "i32"
             )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": tile.warps, "num_stages": getattr(tile, "stages", 3)}
-    options |= {"maxnreg": getattr(tile, "registers", None)}
+    # A program of a tiled weight is one warp, and its loop is not in stages.
+    options = {
+        "num_warps": getattr(tile, "warps", 1),
+        "num_stages": getattr(tile, "stages", 1),
+    }
     compiled = triton.compile(source, target=target, options=options)
     assert compiled.metadata.shared <= SHARED_BYTES[target.arch], (
         f"{kernel.__name__} {tile}: {compiled.metadata.shared} bytes shared"
     )
+    if kernel is tile_gemm_kernel:
+        count = compiled.asm["ptx"].count("shfl.sync")
+        assert count <= EXCHANGES, f"{tile}: {count} exchanges between threads"
     print(kernel.__name__, x, constants, flush=True)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,8 +19,8 @@ from tests.kernels.gpu import kernel, to_device
 
 BITS = [2, 3, 4]
 DTYPES = [torch.float16, torch.bfloat16]
-EVERY_WAY = [1, 8, 9, 17]
-"""Tokens: both tiles, one of them not full, and more."""
+EVERY_WAY = [1, 8, 9, 37, 65]
+"""Tokens: in one tile, in several, full and not, and more than those take."""
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -37,7 +37,7 @@ def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Ten
 @given(
     bits=st.sampled_from(BITS),
     out_features=st.integers(1, 70),
-    blocks=st.integers(1, 3),
+    in_features=st.sampled_from([448, 480, 512, 896, 1024, 1280, 1920, 2048]),
     group_size=st.sampled_from([-1, 32, 64, 128, 256]),
     density=st.floats(0, 0.05),
     dtype=st.sampled_from(DTYPES),
@@ -50,7 +50,7 @@ def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Ten
 def test_any_shape(
     bits: int,
     out_features: int,
-    blocks: int,
+    in_features: int,
     group_size: int,
     density: float,
     dtype: torch.dtype,
@@ -59,10 +59,11 @@ def test_any_shape(
     with_bias: bool,
     seed: int,
 ) -> None:
-    in_features = 512 * blocks
+    assume(group_size == -1 or in_features % group_size == 0)
     packed, dense = random_linear(
         bits, out_features, in_features, group_size, density, dtype, seed
     )
+    assume(can_tile(packed))
     x = random_input(tokens, in_features, dtype=x_dtype)
     bias = random_input(out_features, dtype=x_dtype) if with_bias else None
 
@@ -115,6 +116,16 @@ def test_a_weight_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> 
     assert_is_product(multiply(x, packed), x, dense)
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 256])
+def test_a_dequantized_weight_is_exact(bits: int, group_size: int) -> None:
+    packed, dense = random_linear(bits, 20, 512, group_size, 0, torch.float16, 9)
+
+    columns = multiply(torch.eye(512, dtype=torch.float16), packed)
+
+    assert torch.equal(columns.T, dense.half())
+
+
 def test_rows_with_hundreds_of_kept_weights_fill_segments() -> None:
     packed, _ = random_linear(2, 3, 512, 64, 1.0, torch.bfloat16, 5, slice(1, 2))
 
@@ -129,11 +140,14 @@ def test_rows_with_hundreds_of_kept_weights_fill_segments() -> None:
     [
         (512, 64, 3, True),
         (512, -1, 2, True),
-        (256, 64, 2, True),
-        (256, 64, 3, False),
+        (896, 64, 3, True),
+        (480, -1, 2, True),
+        (256, 64, 4, True),
+        (256, 64, 2, False),
         (576, 64, 2, False),
+        (500, -1, 2, False),
         (512, 16, 2, False),
-        (768, 96, 2, False),
+        (960, 96, 2, False),
     ],
 )
 def test_what_can_be_tiled(
