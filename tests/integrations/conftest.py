@@ -84,3 +84,23 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """Ask vLLM for the greedy tokens that follow the prompts."""
     with vllm_worker(tmp_path_factory.mktemp("vllm")) as serve:
         yield serve
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """vLLM's linears can be made, and models loaded, outside of an engine."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed.parallel_state import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    rendezvous = tmp_path_factory.mktemp("rendezvous") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, backend="gloo")
+        initialize_model_parallel(1, 1)
+        yield
+    cleanup_dist_env_and_memory()

@@ -25,26 +25,9 @@ from vllm.config import (
     VllmConfig,
     set_current_vllm_config,
 )
-from vllm.distributed.parallel_state import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
 from vllm.model_executor.model_loader import get_model
-from vllm.plugins import load_general_plugins
 
-pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    load_general_plugins()
-    rendezvous = tmp_path_factory.mktemp("rendezvous") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, backend="gloo")
-        initialize_model_parallel(1, 1)
-        yield
-    cleanup_dist_env_and_memory()
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_process")]
 
 
 class Lines(logging.Handler):

@@ -1,22 +1,12 @@
 """Loading into vLLM's linears, on every rank of a mocked tensor-parallel group."""
 
-from functools import partial
-
 import pytest
 import torch
-
-from tests.builders import random_linear
-from tests.clusters import random_clustered
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from torch import nn
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed.parallel_state import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -25,30 +15,15 @@ from vllm.model_executor.model_loader.weight_utils import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tacq_vllm.format.schema import QuantizationSchema
-from tacq_vllm.format.stored import StoredLinear
-from tacq_vllm.integrations.vllm import linear as linear_method
-from tacq_vllm.integrations.vllm import summary
 from tacq_vllm.integrations.vllm.config import TacqConfig
 from tacq_vllm.kernels.reference import dequantize
-from tacq_vllm.kernels.tiles import TiledLinear, tile
+from tests.integrations.vllm_linears import CLUSTERS, load, stored_linears
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_process")]
 
 HEAD = 32
 HIDDEN = 192
 INNER = 768
-CLUSTERS = "clusters"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory):
-    rendezvous = tmp_path_factory.mktemp("rendezvous") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, backend="gloo")
-        initialize_model_parallel(1, 1)
-        yield
-    cleanup_dist_env_and_memory()
 
 
 @pytest.fixture
@@ -61,49 +36,6 @@ def as_rank(monkeypatch):
             monkeypatch.setattr(module, name, lambda: size)
 
     return pretend
-
-
-def stored_linears(
-    shapes: dict[str, tuple[int, int]], bits: int | str, group_size: int
-) -> tuple[TacqConfig, dict[str, StoredLinear], dict[str, torch.Tensor]]:
-    packed, dense = {}, {}
-    make, fields = partial(random_linear, bits), {"bits": bits}
-    if bits == CLUSTERS:
-        make = random_clustered
-        fields = {"bits": 2, "layout": CLUSTERS, "format_version": 2}
-    for seed, (name, (out, in_)) in enumerate(shapes.items()):
-        packed[name], dense[name] = make(
-            out, in_, group_size, 0.02, torch.bfloat16, seed
-        )
-    schema = QuantizationSchema(
-        **fields,
-        group_size=group_size,
-        dtype="bfloat16",
-        linears=shapes,
-        circuits={
-            "default": {
-                name: p.outliers.numel() - p.out_features - 1
-                for name, p in packed.items()
-            }
-        },
-    )
-    config = TacqConfig(schema)
-    config.packed_modules_mapping = {
-        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-        "gate_up_proj": ["gate_proj", "up_proj"],
-    }
-    return config, packed, dense
-
-
-def load(
-    layer: nn.Module, packed: StoredLinear, shard_id: str | int | tuple | None
-) -> None:
-    for name, tensor in packed.tensors().items():
-        parameter = getattr(layer, name)
-        if shard_id is None:
-            parameter.weight_loader(parameter, tensor)
-        else:
-            parameter.weight_loader(parameter, tensor, shard_id)
 
 
 def loaded_weight(layer: nn.Module) -> torch.Tensor:
@@ -278,41 +210,6 @@ def test_a_tensor_that_did_not_come_is_named(left_out):
             parameter.weight_loader(parameter, tensor, 1)
     with pytest.raises(ValueError, match=f"tacq: .*1 of 2 parts of {left_out}"):
         layer.quant_method.process_weights_after_loading(layer)
-
-
-@pytest.mark.parametrize("bits", [2, 3])
-def test_weights_may_be_held_in_another_order(monkeypatch, bits):
-    def arrange(packed: StoredLinear, x_dtype: torch.dtype) -> TiledLinear:
-        return tile(packed)
-
-    monkeypatch.setattr(linear_method, "arrange", arrange)
-    monkeypatch.setattr(linear_method, "prepare", lambda linear, x_dtype: None)
-    monkeypatch.setattr(summary, "kernel_name", lambda linear, x_dtype: "triton")
-    config, packed, _ = stored_linears(
-        {"mlp.gate_proj": (128, 512), "mlp.up_proj": (128, 512)}, bits, 64
-    )
-    layer = vllm_linear.MergedColumnParallelLinear(
-        512, [128, 128], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
-    )
-    load(layer, packed["mlp.gate_proj"], 0)
-    load(layer, packed["mlp.up_proj"], 1)
-    method = layer.quant_method
-
-    method.process_weights_after_loading(layer)
-
-    held = dict(layer.named_parameters())
-    assert "scales" not in held
-    assert "outliers" not in held
-    stacked = [packed[name].scales for name in ("mlp.gate_proj", "mlp.up_proj")]
-    scales = held["grid"].T.bitwise_right_shift(16).to(torch.int16)
-    assert torch.equal(scales, torch.cat(stacked).view(torch.int16))
-    assert held["segment_starts"].numel() == 257
-    method.process_weights_after_loading(layer)
-    with torch.device("meta"):
-        for name, tensor in held.items():
-            setattr(layer, name, nn.Parameter(tensor.to("meta"), False))
-        x = torch.empty(3, 512, dtype=torch.bfloat16)
-        assert method.apply(layer, x).shape == (3, 256)
 
 
 def test_bad_tables_and_scales_are_refused():
