@@ -10,18 +10,24 @@ So one mask turns a word into two weights side by side, and the words that a thr
 loads at once are what tensor cores take from it. The last block is filled up with
 zeros. A scale and its zero-point are one word, those of 16 rows are neighbours. The
 kept weights of a row fill segments of 16, so that a row with hundreds of them is the
-work of many threads.
+work of many threads. Clusters become codes of 3 bits, which all of theirs are.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tacq_vllm.format.clustered import ClusteredLinear
+from tacq_vllm.format.clusters import WIDE
 from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS, pack_plane, unpack_plane
+from tacq_vllm.format.packing import (
+    PLANE_WIDTHS,
+    WORD_BITS,
+    pack_plane,
+    unpack_codes,
+)
 
 BLOCK_WORDS = 32
 """Words of a row's low plane that are one block."""
@@ -107,35 +113,34 @@ class TiledLinear:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def can_tile(packed: PackedLinear) -> bool:
+def can_tile(linear: PackedLinear | ClusteredLinear) -> bool:
     """Whether groups fit into blocks, and the last block is not much too large."""
-    size, groups = packed.group_size, packed.scales.shape[1]
+    size, groups = linear.group_size, linear.scales.shape[1]
     has_groups = size >= _SMALLEST_GROUP and size.bit_count() == 1
-    if (groups > 1 and not has_groups) or packed.in_features % _SMALLEST_GROUP:
+    if (groups > 1 and not has_groups) or linear.in_features % _SMALLEST_GROUP:
         return False
-    return _padded_columns(packed) <= _LARGEST_PADDING * packed.in_features
+    return _padded_columns(linear) <= _LARGEST_PADDING * linear.in_features
 
 
-def tile(packed: PackedLinear) -> TiledLinear:
+def tile(linear: PackedLinear | ClusteredLinear) -> TiledLinear:
     """Deal out the codes of a weight anew; `can_tile` says of which."""
-    widths = PLANE_WIDTHS[packed.bits]
-    columns = _padded_columns(packed)
-    planes = [
-        torch.cat(list(_tile_plane(plane, width, packed, columns)))
-        for plane, width in zip(packed.weight_planes, widths, strict=True)
+    parts = [
+        _tile_rows(linear, start, min(start + _ROWS_AT_A_TIME, linear.out_features))
+        for start in range(0, linear.out_features, _ROWS_AT_A_TIME)
     ]
-    starts, segments = _fill_segments(packed.outliers, packed.out_features)
-    row_blocks = -(-packed.out_features // ROWS)
+    planes = [torch.cat(plane) for plane in zip(*parts, strict=True)]
+    starts, segments = _fill_segments(linear.outliers, linear.out_features)
+    row_blocks = -(-linear.out_features // ROWS)
     return TiledLinear(
         qweight=planes[0],
         qweight_high=planes[1] if len(planes) > 1 else None,
-        grid=_tile_grid(packed, row_blocks, columns),
+        grid=_tile_grid(linear, row_blocks),
         segment_starts=starts,
         segments=segments,
-        counters=packed.outliers.new_zeros(row_blocks, TOKEN_BLOCKS),
-        bits=packed.bits,
-        in_features=packed.in_features,
-        dtype=packed.scales.dtype,
+        counters=linear.outliers.new_zeros(row_blocks, TOKEN_BLOCKS),
+        bits=_code_bits(linear),
+        in_features=linear.in_features,
+        dtype=linear.scales.dtype,
     )
 
 
@@ -144,37 +149,54 @@ def block_columns(bits: int) -> int:
     return WORD_BITS // PLANE_WIDTHS[bits][0] * BLOCK_WORDS
 
 
-def _padded_columns(packed: PackedLinear) -> int:
+def _code_bits(linear: PackedLinear | ClusteredLinear) -> int:
+    return 3 if isinstance(linear, ClusteredLinear) else linear.bits
+
+
+def _padded_columns(linear: PackedLinear | ClusteredLinear) -> int:
     """Columns of whole blocks."""
-    size = block_columns(packed.bits)
-    return -(-packed.in_features // size) * size
+    size = block_columns(_code_bits(linear))
+    return -(-linear.in_features // size) * size
 
 
-def _tile_plane(
-    plane: Tensor, width: int, packed: PackedLinear, columns: int
-) -> Iterator[Tensor]:
-    """A plane in its new order, some rows at a time."""
-    fields = WORD_BITS // width // 2
-    words = block_columns(packed.bits) // (2 * fields)
-    for part in plane.split(_ROWS_AT_A_TIME):
-        codes = unpack_plane(part, width, packed.in_features)
-        codes = pad(codes, (0, columns - packed.in_features))
-        blocks = codes.view(len(part), -1, fields, words, 2)
-        dealt = blocks.permute(0, 1, 3, 4, 2).reshape(len(part), columns)
-        yield pack_plane(dealt, width)
+def _tile_rows(
+    linear: PackedLinear | ClusteredLinear, start: int, stop: int
+) -> list[Tensor]:
+    """The planes of some rows in their new order."""
+    bits, columns = _code_bits(linear), _padded_columns(linear)
+    if isinstance(linear, ClusteredLinear):
+        codes = (linear.steps(start, stop) - WIDE[0]).to(torch.uint8)
+    else:
+        planes = tuple(plane[start:stop] for plane in linear.weight_planes)
+        codes = unpack_codes(planes, bits, linear.in_features)
+    codes = pad(codes, (0, columns - linear.in_features))
+    tiled, shift = [], 0
+    for width in PLANE_WIDTHS[bits]:
+        fields = WORD_BITS // width // 2
+        words = block_columns(bits) // (2 * fields)
+        plane = codes >> shift & (1 << width) - 1
+        blocks = plane.view(stop - start, -1, fields, words, 2)
+        dealt = blocks.permute(0, 1, 3, 4, 2).reshape(stop - start, columns)
+        tiled.append(pack_plane(dealt, width))
+        shift += width
+    return tiled
 
 
-def _tile_grid(packed: PackedLinear, row_blocks: int, columns: int) -> Tensor:
+def _tile_grid(linear: PackedLinear | ClusteredLinear, row_blocks: int) -> Tensor:
     """Scales and zero-points, with those of rows and groups that only blocks have."""
-    groups = packed.scales.shape[1]
-    padded_groups = max(1, columns // packed.group_size) if groups > 1 else 1
-    scales = packed.scales.view(torch.int16).to(torch.int32)
-    zeros = packed.zeros.to(torch.bfloat16).view(torch.int16).to(torch.int32)
+    groups = linear.scales.shape[1]
+    padded = _padded_columns(linear) // linear.group_size if groups > 1 else 1
+    scales = linear.scales.view(torch.int16).to(torch.int32)
+    if isinstance(linear, ClusteredLinear):
+        zeros = torch.full_like(scales, -WIDE[0])
+    else:
+        zeros = linear.zeros
+    zeros = zeros.to(torch.bfloat16).view(torch.int16).to(torch.int32)
     words = pad(
         scales << 16 | zeros,
-        (0, padded_groups - groups, 0, row_blocks * ROWS - packed.out_features),
+        (0, padded - groups, 0, row_blocks * ROWS - linear.out_features),
     )
-    return words.view(row_blocks, ROWS, padded_groups).transpose(1, 2).contiguous()
+    return words.view(row_blocks, ROWS, padded).transpose(1, 2).contiguous()
 
 
 def _fill_segments(table: Tensor, out_features: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,9 @@
 
 | weight | module |
 | --- | --- |
-| planes, of x in 16 bits, arranged at load | `triton_tiles` |
+| arranged at load, of x in 16 bits | `triton_tiles` |
 | planes as they are stored | `triton_planes` |
-| clusters | `triton_clusters` |
+| clusters as they are stored | `triton_clusters` |
 
 Nothing is added up in the order in which programs end: the same inputs give the same
 bits.
@@ -41,9 +41,7 @@ def kernel_name(linear: Linear, x_dtype: torch.dtype) -> str:
 
 def arrange(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> Linear:
     """The weight in the order that the kernels are fastest with."""
-    if x_dtype in _HALVES and isinstance(linear, PackedLinear) and can_tile(linear):
-        return tile(linear)
-    return linear
+    return tile(linear) if x_dtype in _HALVES and can_tile(linear) else linear
 
 
 def multiply(x: Tensor, linear: Linear, bias: Tensor | None) -> Tensor:

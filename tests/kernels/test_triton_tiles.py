@@ -8,11 +8,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels import triton_dense
 from tacq_vllm.kernels.ops import arrange
 from tacq_vllm.kernels.tiles import SEGMENT, TiledLinear, can_tile, tile
 from tests.builders import assert_is_product, random_input, random_linear
+from tests.clusters import random_clustered
 from tests.interpreter import DEVICE
 from tests.kernels.cases import uneven_outliers
 from tests.kernels.gpu import kernel, to_device
@@ -25,7 +27,9 @@ EVERY_WAY = [1, 8, 9, 37, 65]
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 
-def multiply(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
+def multiply(
+    x: Tensor, packed: PackedLinear | ClusteredLinear, bias: Tensor | None = None
+) -> Tensor:
     """Multiply with the tiled weight; the product comes back."""
     tiled = tile(to_device(packed))
     bias = None if bias is None else bias.to(DEVICE)
@@ -124,6 +128,15 @@ def test_a_dequantized_weight_is_exact(bits: int, group_size: int) -> None:
     columns = multiply(torch.eye(512, dtype=torch.float16), packed)
 
     assert torch.equal(columns.T, dense.half())
+
+
+@pytest.mark.parametrize("in_features", [512, 960])
+def test_clusters_become_codes_of_three_bits(in_features: int) -> None:
+    clustered, dense = random_clustered(40, in_features, -1, 0.02, torch.bfloat16, 10)
+
+    for tokens in EVERY_WAY:
+        x = random_input(tokens, in_features, dtype=torch.bfloat16)
+        assert_is_product(multiply(x, clustered), x, dense)
 
 
 def test_rows_with_hundreds_of_kept_weights_fill_segments() -> None:
