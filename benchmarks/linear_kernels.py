@@ -1,4 +1,4 @@
-"""Time the quantized linear beside 16-bit ones, and 4-bit ones on CPUs.
+"""Time the quantized linear beside 16-bit ones, and those of other packages.
 
     python benchmarks/linear_kernels.py [--threads N] [--shapes smollm2] [--m 1,8]
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_peers import gpu_kernels
 from peers import MANY, Kernel, copies, int4_kernels, sixteen_bit_kernels
 from torch import Tensor
 
@@ -78,8 +79,7 @@ def main() -> None:
             ),
             *own_kernels("tacq_fineq", 2.33, -1, random_clustered(n, k), ways),
         ]
-        if not on_gpu:
-            kernels.extend(int4_kernels(n, k, 64))
+        kernels.extend((gpu_kernels if on_gpu else int4_kernels)(n, k, 64))
         for m in map(int, arguments.m.split(",")):
             for row in time_kernels(kernels, m, n, k, bandwidth):
                 rows.append(device | row)
@@ -98,8 +98,9 @@ def own_kernels(
     activations: list[str],
 ) -> Iterator[Kernel]:
     """Ours for a weight, one for each treatment of x."""
-    nbytes = sum(tensor.nbytes for tensor in packed.tensors().values())
-    weights = [arrange(clone(packed), torch.bfloat16) for _ in range(copies(nbytes))]
+    stored = sum(tensor.nbytes for tensor in packed.tensors().values())
+    weights = [arrange(clone(packed), torch.bfloat16) for _ in range(copies(stored))]
+    nbytes = sum(tensor.nbytes for tensor in weights[0].tensors().values())
     dense = dequantize(packed).float()
 
     def multiply(x: Tensor, weight: Any) -> Tensor:
