@@ -97,7 +97,7 @@ def kept_sums(
     return total
 
 
-@triton.jit(do_not_specialize=["tokens", "offset"])
+@triton.jit(do_not_specialize=["tokens", "blocks", "split_blocks", "offset"])
 def tile_gemm_kernel(
     x_ptr,
     qweight_ptr,
@@ -134,7 +134,7 @@ def tile_gemm_kernel(
     The grid is (out / ROWS, splits, tokens / TOKENS): a split adds up `split_blocks`
     blocks of columns, and its share of the rows' kept weights. `offset` is
     `offset_words`, GROUP_SIZE is 0 for groups that are whole rows, IS_PADDED says that
-    the last block has more columns than x.
+    the last block has more columns than x; WIDTH is of `deal`.
     """
     FIELDS: tl.constexpr = 4 if BITS == 4 else 8
     SLICE: tl.constexpr = 2 * BLOCK_WORDS

@@ -54,7 +54,10 @@ def tiles_product(
 
 def tiles_token_counts(tuning: Tuning) -> tuple[int, ...]:
     """Numbers of tokens that between them need every kernel."""
-    return (*(tile.tokens for tile in tuning.tile_gemm), _gemm_tokens(tuning) + 1)
+    largest = tuning.tile_gemm[-1].tokens
+    several = range(2 * largest, _gemm_tokens(tuning) + 1, largest)
+    smaller = (tile.tokens for tile in tuning.tile_gemm)
+    return (*smaller, *several, _gemm_tokens(tuning) + 1)
 
 
 def _gemm_tokens(tuning: Tuning) -> int:
