@@ -139,6 +139,7 @@ def tile_gemm_kernel(
     FIELDS: tl.constexpr = 4 if BITS == 4 else 8
     SLICE: tl.constexpr = 2 * BLOCK_WORDS
     COLUMNS: tl.constexpr = FIELDS * SLICE
+    HALVES_ARE_GROUPS: tl.constexpr = GROUP_SIZE == SLICE // 2
     X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
     OFFSET: tl.constexpr = value_offset(X_TYPE)
     # The difference of two numbers in both halves of a word.
@@ -194,9 +195,10 @@ def tile_gemm_kernel(
         )
         high_second = high >> 1
         for field in tl.static_range(FIELDS):
-            dots = tl.zeros([ROWS, TOKENS], tl.float32)
-            x_sums = tl.zeros([ROWS, TOKENS], tl.float32)
             for half in tl.static_range(2):
+                if half == 0 or HALVES_ARE_GROUPS:
+                    dots = tl.zeros([ROWS, TOKENS], tl.float32)
+                    x_sums = tl.zeros([ROWS, TOKENS], tl.float32)
                 start = block * COLUMNS + (field * SLICE + half * (SLICE // 2))
                 if IS_PADDED:
                     is_column = start + half_columns < in_features
@@ -212,7 +214,7 @@ def tile_gemm_kernel(
                 dots = tl.dot(values, x, dots)
                 # As many times as there are rows, but no data moves between threads.
                 x_sums = tl.dot(ones, x, x_sums)
-                if half == 1 or GROUP_SIZE == SLICE // 2:
+                if half == 1 or HALVES_ARE_GROUPS:
                     group = group_of_slice(
                         block, field * SLICE + half * (SLICE // 2), COLUMNS, GROUP_SIZE
                     )
@@ -222,8 +224,6 @@ def tile_gemm_kernel(
                     shifts = scales * (zeros + OFFSET * field_unit(field, BITS))
                     total += units[:, None] * dots
                     total -= shifts[:, None] * x_sums
-                    dots = tl.zeros([ROWS, TOKENS], tl.float32)
-                    x_sums = tl.zeros([ROWS, TOKENS], tl.float32)
         low, low_second, high = next_low, next_second, next_high
 
     place = numbers.to(tl.int64)[None, :] * out_features + rows[:, None]
