@@ -144,8 +144,8 @@ def _register_tiled() -> None:
 
     _LIBRARY.define(
         "tiled_linear(Tensor x, Tensor qweight, Tensor? qweight_high, Tensor grid, "
-        "Tensor segment_starts, Tensor segments, Tensor counters, Tensor? bias, "
-        "int bits, ScalarType dtype) -> Tensor",
+        "Tensor segment_starts, Tensor segment_columns, Tensor segments, "
+        "Tensor job_starts, Tensor job_blocks, Tensor counters, Tensor? bias, int bits, ScalarType dtype) -> Tensor",
         tags=torch.Tag.needs_fixed_stride_order,
     )
     _LIBRARY.impl("tiled_linear", forward, "CUDA")
@@ -187,7 +187,10 @@ def stored_linear(
             holder.qweight_high if has_high else None,
             holder.grid,
             holder.segment_starts,
+            holder.segment_columns,
             holder.segments,
+            holder.job_starts,
+            holder.job_blocks,
             holder.counters,
             bias,
             layout.bits,

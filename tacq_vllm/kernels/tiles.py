@@ -9,8 +9,9 @@ consecutive columns; the low plane has 32 words in a block, the high one of 3 bi
 So one mask turns a word into two weights side by side, and the words that a thread
 loads at once are what tensor cores take from it. The last block is filled up with
 zeros. A scale and its zero-point are one word, those of 16 rows are neighbours. The
-kept weights of a row fill segments of 16, so that a row with hundreds of them is the
-work of many threads. Clusters become codes of 3 bits, which all of theirs are.
+kept weights of 16 rows lie together by their columns, in segments of 32; of rows with
+very many, what is over is the work of other programs. Clusters become codes of 3 bits,
+which all of theirs are.
 """
 
 from dataclasses import dataclass
@@ -34,11 +35,17 @@ BLOCK_WORDS = 32
 SLICE = 2 * BLOCK_WORDS
 """Columns that have the same place in a block's words."""
 ROWS = 16
-"""Rows whose scales are neighbours, and that programs count together."""
+"""Rows whose scales are neighbours, and whose kept weights lie together."""
 TOKEN_BLOCKS = 4
 """Blocks of tokens that are multiplied in one launch, at most."""
-SEGMENT = 16
+SEGMENT = 32
 """Kept weights of a segment."""
+PANEL = 4096
+"""Columns of which a segment's kept weights are, at most."""
+OWN_SEGMENTS = 32
+"""Segments of a block of rows that its own programs multiply, at most."""
+JOB_SEGMENTS = 8
+"""Segments that one of the other programs multiplies, at most."""
 _SMALLEST_GROUP = 32
 _LARGEST_PADDING = 1.25
 """Columns with what fills the last block, by those of the weight."""
@@ -62,13 +69,20 @@ class TiledLinear:
     """int32 [out, words]: the low plane of the codes."""
     qweight_high: Tensor | None
     grid: Tensor
-    """int32 [out / ROWS, groups, ROWS]: a scale's 16 bits above its zero-point's, which
-    is a bfloat16; 0 for rows and groups that the weight does not have."""
+    """int32 [out / ROWS, groups, ROWS]: a scale's 16 bits above its zero-point's; 0 for
+    rows and groups that the weight does not have."""
     segment_starts: Tensor
-    """int32 [out + 1]: the first segment of each row's kept weights, and the end."""
+    """int32 [out / ROWS + 1]: the first segment of rows' kept weights, and the end."""
+    segment_columns: Tensor
+    """int32 [segments]: columns before the first one of a segment's panel."""
     segments: Tensor
-    """int32 [segments, SEGMENT]: columns and values as in the outlier table; what a
-    row leaves over is 0, which adds nothing."""
+    """int32 [segments, SEGMENT]: a value's 16 bits, the column in its panel in 12 and
+    the row among ROWS in 4; what rows leave over is 0, which adds nothing."""
+    job_starts: Tensor
+    """int32 [out / ROWS + 1]: the first of the jobs that rows have for other programs,
+    JOB_SEGMENTS of what is over OWN_SEGMENTS each, and the end."""
+    job_blocks: Tensor
+    """int32 [jobs]: the block of rows of each."""
     counters: Tensor
     """int32 [out / ROWS, TOKEN_BLOCKS]: where programs count that add to the same sums.
 
@@ -107,7 +121,10 @@ class TiledLinear:
             "qweight_high": self.qweight_high,
             "grid": self.grid,
             "segment_starts": self.segment_starts,
+            "segment_columns": self.segment_columns,
             "segments": self.segments,
+            "job_starts": self.job_starts,
+            "job_blocks": self.job_blocks,
             "counters": self.counters,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -129,15 +146,19 @@ def tile(linear: PackedLinear | ClusteredLinear) -> TiledLinear:
         for start in range(0, linear.out_features, _ROWS_AT_A_TIME)
     ]
     planes = [torch.cat(plane) for plane in zip(*parts, strict=True)]
-    starts, segments = _fill_segments(linear.outliers, linear.out_features)
     row_blocks = -(-linear.out_features // ROWS)
+    starts, columns, segments = _fill_segments(linear, row_blocks)
+    job_starts, job_blocks = _share_out(starts)
     return TiledLinear(
         qweight=planes[0],
         qweight_high=planes[1] if len(planes) > 1 else None,
         grid=_tile_grid(linear, row_blocks),
         segment_starts=starts,
+        segment_columns=columns,
         segments=segments,
-        counters=linear.outliers.new_zeros(row_blocks, TOKEN_BLOCKS),
+        job_starts=job_starts,
+        job_blocks=job_blocks,
+        counters=starts.new_zeros(row_blocks, TOKEN_BLOCKS),
         bits=_code_bits(linear),
         in_features=linear.in_features,
         dtype=linear.scales.dtype,
@@ -191,24 +212,47 @@ def _tile_grid(linear: PackedLinear | ClusteredLinear, row_blocks: int) -> Tenso
         zeros = torch.full_like(scales, -WIDE[0])
     else:
         zeros = linear.zeros
-    zeros = zeros.to(torch.bfloat16).view(torch.int16).to(torch.int32)
     words = pad(
-        scales << 16 | zeros,
+        scales << 16 | zeros.to(torch.int32),
         (0, padded - groups, 0, row_blocks * ROWS - linear.out_features),
     )
     return words.view(row_blocks, ROWS, padded).transpose(1, 2).contiguous()
 
 
-def _fill_segments(table: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
-    """Segments of the rows of an outlier table: where they start, and their entries."""
-    starts, entries = table[: out_features + 1].long(), table[out_features + 1 :]
-    counts = starts.diff()
-    ends = ((counts + SEGMENT - 1) // SEGMENT).cumsum(0)
-    segment_starts = torch.cat((ends.new_zeros(1), ends))
+def _fill_segments(
+    linear: PackedLinear | ClusteredLinear, row_blocks: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Segments of the kept weights: where they start, their panels, their entries."""
+    table = linear.outliers
+    starts = table[: linear.out_features + 1].long()
+    entries = table[linear.out_features + 1 :].long()
+    rows = torch.arange(linear.out_features, device=table.device)
+    rows = rows.repeat_interleave(starts.diff())
+    columns = entries & 0xFFFF
+    panels = -(-linear.in_features // PANEL)
+    # One number that orders them by rows' block, panel, column and row.
+    keys = (rows // ROWS * panels + columns // PANEL) * (PANEL * ROWS)
+    keys, order = (keys + columns % PANEL * ROWS + rows % ROWS).sort()
+    owners = keys // (PANEL * ROWS)
+    counts = owners.bincount(minlength=row_blocks * panels)
+    needed = (counts + SEGMENT - 1) // SEGMENT
+    ends = needed.cumsum(0)
+    firsts = (ends - needed) * SEGMENT - (counts.cumsum(0) - counts)
+    places = torch.arange(len(owners), device=table.device) + firsts[owners]
+    words = (entries[order] >> 16 << 16) | keys % (PANEL * ROWS)
     segments = table.new_zeros(int(ends[-1]), SEGMENT)
-    first_places = (segment_starts[:-1] * SEGMENT - starts[:-1]).repeat_interleave(
-        counts
-    )
-    places = first_places + torch.arange(len(entries), device=table.device)
-    segments.view(-1)[places] = entries
-    return segment_starts.to(torch.int32), segments
+    segments.view(-1)[places] = words.to(torch.int32)
+    first_columns = torch.arange(panels, device=table.device) * PANEL
+    first_columns = first_columns.repeat(row_blocks).repeat_interleave(needed)
+    block_starts = torch.cat((ends.new_zeros(1), ends[panels - 1 :: panels]))
+    return block_starts.to(torch.int32), first_columns.to(torch.int32), segments
+
+
+def _share_out(starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Jobs of what blocks of rows have over: where they start, whose they are."""
+    over = (starts.diff() - OWN_SEGMENTS).clamp(min=0)
+    jobs = (over + JOB_SEGMENTS - 1) // JOB_SEGMENTS
+    ends = jobs.cumsum(0)
+    blocks = torch.arange(len(jobs), device=starts.device).repeat_interleave(jobs)
+    job_starts = torch.cat((ends.new_zeros(1), ends))
+    return job_starts.to(torch.int32), blocks.to(torch.int32)

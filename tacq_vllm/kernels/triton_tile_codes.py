@@ -12,6 +12,10 @@ import triton.language as tl
 from tacq_vllm.kernels.triton_codes import high_half
 
 
+SIGNS = tl.constexpr(-0x7FFF8000)
+"""-0.0 in both halves of a word."""
+
+
 @triton.constexpr_function
 def fields_in_place(bits):
     """How many fields of a half are within the mantissa before it is shifted."""
@@ -36,6 +40,13 @@ def offset_words(dtype):
     return 0x43004300 if dtype.is_bf16() else 0x64006400
 
 
+@triton.constexpr_function
+def unit_words(field, bits, dtype):
+    """`field_unit` in both halves of a word."""
+    bias, mantissa_bits = (127, 7) if dtype.is_bf16() else (15, 10)
+    return (bias - 2 * (field % fields_in_place(bits)) << mantissa_bits) * 0x00010001
+
+
 @triton.jit
 def slice_words(low, high, offset, FIELD: tl.constexpr, BITS: tl.constexpr):
     """The values of a slice, two in a word: int32 of the shape of `low`.
@@ -56,6 +67,53 @@ def slice_words(low, high, offset, FIELD: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def negative_zeros(grid, offset, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """What takes a slice's values to 0 at their zero-points, two in a word."""
+    PLACE: tl.constexpr = FIELD % fields_in_place(BITS)
+    return (grid & 0xFFFF) * (0x00010001 << 2 * PLACE) + (offset | SIGNS)
+
+
+@triton.jit
+def scale_pairs(
+    grid,
+    FIELD: tl.constexpr,
+    BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    X_TYPE: tl.constexpr,
+):
+    """Scales of a slice's values, two in a word."""
+    if DTYPE == X_TYPE:
+        pairs = (grid & -0x10000) | (grid >> 16 & 0xFFFF)
+    else:
+        scales = high_half(grid, DTYPE).to(X_TYPE).to(tl.int16, bitcast=True)
+        pairs = (scales.to(tl.int32) & 0xFFFF) * 0x00010001
+    if FIELD % fields_in_place(BITS) > 0:
+        pairs = pair_fma(pairs, unit_words(FIELD, BITS, X_TYPE), SIGNS, X_TYPE)
+    return pairs
+
+
+@triton.jit
+def pair_weights(words, zeros, scales, X_TYPE: tl.constexpr):
+    """Weights of a slice, two in a word, rounded once to the type of x."""
+    ONE: tl.constexpr = unit_words(0, 4, X_TYPE)
+    off_zero = pair_fma(words, ONE, zeros, X_TYPE)
+    return pair_fma(off_zero, scales, SIGNS, X_TYPE)
+
+
+@triton.jit
+def pair_fma(a, b, c, X_TYPE: tl.constexpr):
+    """a · b + c in both halves of words; Triton has no type for two numbers."""
+    ASSEMBLY: tl.constexpr = (
+        "fma.rn.bf16x2 $0, $1, $2, $3;"
+        if X_TYPE.is_bf16()
+        else "fma.rn.f16x2 $0, $1, $2, $3;"
+    )
+    return tl.inline_asm_elementwise(
+        ASSEMBLY, "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def value_pairs(words, DTYPE: tl.constexpr):
     """The numbers in both halves of words [n, w], side by side: [n, 2 · w]."""
     first = words.to(tl.int16).to(DTYPE, bitcast=True)
@@ -66,7 +124,7 @@ def value_pairs(words, DTYPE: tl.constexpr):
 @triton.jit
 def scales_and_zeros(grid, DTYPE: tl.constexpr):
     """Scales and zero-points in words of the grid, as float32."""
-    return high_half(grid, DTYPE), (grid << 16).to(tl.float32, bitcast=True)
+    return high_half(grid, DTYPE), (grid & 0xFFFF).to(tl.float32)
 
 
 @triton.jit
@@ -85,30 +143,25 @@ def group_of_slice(
         return block * (COLUMNS // GROUP_SIZE) + FIRST // GROUP_SIZE
 
 
-@triton.jit
-def load_segments(
-    starts_ptr,
-    segments_ptr,
-    first,
-    last,
-    rows,
-    out_features,
-    SEGMENTS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Segments of kept weights from one on, of a block of rows.
+@triton.constexpr_function
+def groups_of_block(columns, group_size):
+    """How many groups a block of columns has, or has a part of."""
+    return max(1, columns // group_size) if group_size else 1
 
-    Returns:
-        int32 columns and float32 values [SEGMENTS, SEGMENT], 0 past the block's last
-        segment; whose they are, bool [rows, SEGMENTS].
-    """
-    numbers = first + tl.arange(0, SEGMENTS)
-    places = numbers[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
-    words = tl.load(segments_ptr + places, mask=(numbers < last)[:, None], other=0)
-    values = high_half(words, DTYPE)
-    is_row = rows < out_features
-    starts = tl.load(starts_ptr + rows, mask=is_row, other=0)
-    ends = tl.load(starts_ptr + rows + 1, mask=is_row, other=0)
-    owned = (numbers[None, :] >= starts[:, None]) & (numbers[None, :] < ends[:, None])
-    return words & 0xFFFF, values, owned
+
+@triton.constexpr_function
+def group_in_block(first, columns, group_size):
+    """Which of them a slice is in that begins with a block's column."""
+    return first // group_size if 0 < group_size < columns else 0
+
+
+@triton.jit
+def entry_rows(words):
+    """Rows of kept weights, among those that lie together."""
+    return words & 0xF
+
+
+@triton.jit
+def entry_columns(words, panels):
+    """Columns of kept weights in panels, which begin after that many columns."""
+    return panels + ((words & 0xFFFF) >> 4)

@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 
-from tacq_vllm.kernels.triton_codes import entries_of_rows, high_half
+from tacq_vllm.kernels.triton_codes import high_half
 from tacq_vllm.kernels.triton_tile_codes import (
+    entry_columns,
+    entry_rows,
     field_unit,
     group_of_slice,
-    load_segments,
     offset_words,
     scales_and_zeros,
     slice_words,
@@ -81,13 +82,13 @@ def tile_dequantize_kernel(
 
 
 @triton.jit
-def add_segments_kernel(
+def add_kept_kernel(
     starts_ptr,
+    columns_ptr,
     segments_ptr,
     out_ptr,
     first_row,
     last_row,
-    out_features,
     in_features,
     ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -98,25 +99,18 @@ def add_segments_kernel(
 
     The grid is (rows / ROWS, any): programs of the same rows share their segments.
     """
-    block = first_row // ROWS + tl.program_id(0)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    start_row = out_ptr + (block * ROWS - first_row).to(tl.int64) * in_features
-    first, last = entries_of_rows(starts_ptr, block, ROWS, out_features)
+    starts_ptr += first_row // ROWS + tl.program_id(0)
+    first, last = tl.load(starts_ptr), tl.load(starts_ptr + 1)
     step = tl.num_programs(1) * SEGMENTS
     for start in range(first + tl.program_id(1) * SEGMENTS, last, step):
-        columns, values, owned = load_segments(
-            starts_ptr,
-            segments_ptr,
-            start,
-            last,
-            rows,
-            out_features,
-            SEGMENTS,
-            SEGMENT,
-            DTYPE,
-        )
-        owners = tl.sum(tl.where(owned, tl.arange(0, ROWS)[:, None], 0), axis=0)
-        places = start_row + owners.to(tl.int64)[:, None] * in_features + columns
-        is_kept = (values != 0) & (block * ROWS + owners < last_row)[:, None]
-        weight = tl.load(places, mask=is_kept, other=0).to(tl.float32) + values
-        tl.store(places, weight.to(out_ptr.dtype.element_ty), mask=is_kept)
+        numbers = start + tl.arange(0, SEGMENTS)
+        is_segment = numbers < last
+        panels = tl.load(columns_ptr + numbers, mask=is_segment, other=0)[:, None]
+        places = numbers[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :]
+        words = tl.load(segments_ptr + places, mask=is_segment[:, None], other=0)
+        rows = tl.program_id(0) * ROWS + entry_rows(words)
+        values = high_half(words, DTYPE)
+        places = rows.to(tl.int64) * in_features + entry_columns(words, panels)
+        is_kept = (values != 0) & (rows < last_row - first_row)
+        weight = tl.load(out_ptr + places, mask=is_kept, other=0).to(tl.float32) + values
+        tl.store(out_ptr + places, weight.to(out_ptr.dtype.element_ty), mask=is_kept)

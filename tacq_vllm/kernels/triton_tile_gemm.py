@@ -1,31 +1,43 @@
 """Some tokens, or one, times a tiled weight on tensor cores, in one launch.
 
-Codes are multiplied as they are; scale and zero-point come once for a slice:
-
-    Σ (code - zero) · scale · x
-        = scale · (unit · Σ value · x - (unit · offset + zero) · Σ x)
-
-with the values, the unit and the offset of `triton_tile_codes`. A program is one warp.
-What its threads load is, register by register, what tensor cores take from them:
-nothing is exchanged between threads, and nothing is waited for but memory. Programs
-that share rows leave their sums in a workspace; the last of them to end, by a counter,
-adds all up in their order, so that the same inputs give the same bits.
+A program is one warp. What its threads load is, register by register, what tensor cores
+take from them: nothing is exchanged between threads, and nothing is waited for but
+memory. Programs that share rows leave their sums in a workspace, and so do those that
+have a job of rows' kept weights; the last of them to end, by a counter, adds all up in
+their order, so that the same inputs give the same bits.
 """
 
 import triton
 import triton.language as tl
 
-from tacq_vllm.kernels.triton_codes import entries_of_rows
+from tacq_vllm.kernels.triton_codes import high_half
 from tacq_vllm.kernels.triton_tile_codes import (
-    field_unit,
+    entry_columns,
+    entry_rows,
+    group_in_block,
     group_of_slice,
-    load_segments,
-    offset_words,
-    scales_and_zeros,
+    groups_of_block,
+    negative_zeros,
+    pair_weights,
+    scale_pairs,
     slice_words,
-    value_offset,
     value_pairs,
 )
+
+
+@triton.jit
+def row_share(turn, splits):
+    """The rows' block and the split of a program that has its turn.
+
+    Programs take turns on the multiprocessors: those that come to the same one have the
+    same split, so that its cache holds the x that they all read. Blocks that rows do
+    not have are among them.
+    """
+    place, places = tl.program_id(0), tl.num_programs(0)
+    split = place * splits // places
+    first = (split * places + splits - 1) // splits
+    next_first = ((split + 1) * places + splits - 1) // splits
+    return turn * (next_first - first) + place - first, split
 
 
 @triton.jit
@@ -42,69 +54,215 @@ def deal(values, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def deal_halves(first, second, WIDTH: tl.constexpr):
+    """The same of columns [n, 16] and the next 16, of which a thread has four each."""
+    both = tl.join(
+        first.reshape(first.shape[0], 4, 2, 2), second.reshape(first.shape[0], 4, 2, 2)
+    )
+    both = both.permute((0, 4, 2, 1, 3) if WIDTH == 2 else (0, 4, 1, 2, 3))
+    return both.reshape(first.shape[0], 32)
+
+
+@triton.jit
 def load_words(low_ptr, high_ptr, block, BLOCK_WORDS: tl.constexpr, BITS: tl.constexpr):
-    """A block's words: both halves of the low plane's, and the high plane's."""
+    """A block's words: both halves of the low plane's, and the high plane's.
+
+    Nobody else reads them: they do not go through the cache that x is in.
+    """
     HALF: tl.constexpr = BLOCK_WORDS // 2
-    first = tl.load(low_ptr + block * BLOCK_WORDS)
-    second = tl.load(low_ptr + block * BLOCK_WORDS + HALF)
+    low_ptr += block * BLOCK_WORDS
+    first = tl.load(low_ptr, cache_modifier=".cg")
+    second = tl.load(low_ptr + HALF, cache_modifier=".cg")
     if BITS == 3:
-        return first, second, tl.load(high_ptr + block * HALF)
+        high = tl.load(high_ptr + block * HALF, cache_modifier=".cg")
+        return first, second, high
     else:
         return first, second, first
 
 
 @triton.jit
-def kept_sums(
+def load_grid(
+    grid_ptr,
+    block,
+    COLUMNS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A block's words of the grid, a tuple of int32 [ROWS] for its groups."""
+    words = ()
+    for number in tl.static_range(groups_of_block(COLUMNS, GROUP_SIZE)):
+        group = group_of_slice(block, number * GROUP_SIZE, COLUMNS, GROUP_SIZE)
+        words += (tl.load(grid_ptr + group * ROWS, cache_modifier=".cg"),)
+    return words
+
+
+@triton.jit
+def kept_rows(words, DTYPE: tl.constexpr):
+    """Kept weights, [8, n] that are all alike, in the rows they are of: [16, n]."""
+    owners, values = entry_rows(words), high_half(words, DTYPE)
+    rows = tl.arange(0, 8)[:, None]
+    first = tl.where(owners == rows, values, 0)
+    second = tl.where(owners == rows + 8, values, 0)
+    return tl.join(first, second).permute(2, 0, 1).reshape(16, words.shape[1])
+
+
+@triton.jit
+def gather(x_rows, words, panel):
+    """x [8, 16] of tokens that begin at `x_rows`, [1, 8, 1], at the columns of entries.
+
+    It is loaded as [4, 8, 4]: that is how Triton comes to give a thread the x of those
+    entries that it has.
+    """
+    columns = entry_columns(words, panel).reshape(8, 4, 4).permute(1, 0, 2)
+    return tl.load(x_rows + columns).permute(1, 0, 2).reshape(8, 16)
+
+
+@triton.jit
+def add_kept(
+    totals,
     x_ptr,
-    starts_ptr,
+    columns_ptr,
     segments_ptr,
     tokens,
-    out_features,
     in_features,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    first,
+    last,
+    WIDTH: tl.constexpr,
     SEGMENT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """A program's share of its rows' kept weights times x: float32 [ROWS, TOKENS]."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first_token = tl.program_id(2) * TOKENS
-    last_token = tl.minimum(first_token + TOKENS, tokens)
-    numbers = first_token + tl.arange(0, TOKENS)
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    total = tl.zeros([ROWS, TOKENS], tl.float32)
-    first, last = entries_of_rows(starts_ptr, tl.program_id(0), ROWS, out_features)
-    for start in range(first + split * SEGMENTS, last, splits * SEGMENTS):
-        columns, values, owned = load_segments(
-            starts_ptr,
-            segments_ptr,
-            start,
-            last,
-            rows,
-            out_features,
-            SEGMENTS,
-            SEGMENT,
-            DTYPE,
-        )
-        sums = tl.zeros([SEGMENTS, TOKENS], tl.float32)
-        for token in range(first_token, last_token):
-            x = tl.load(x_ptr + token * in_features + columns).to(tl.float32)
-            segment_sums = tl.sum(values * x, axis=1)
-            sums = tl.where(numbers[None, :] == token, segment_sums[:, None], sums)
-        # Which of the sums are whose, as a product that loses nothing.
-        total = tl.dot(owned.to(tl.float32), sums, total, input_precision="tf32x3")
-    return total
+    """Add kept weights of segments times x to sums, [16, 8] for eight tokens each."""
+    X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    STEP: tl.constexpr = 2
+    # Every row's thread loads the same ones.
+    zeros = tl.arange(0, 8)[:, None] * 0
+    entries = zeros + tl.arange(0, SEGMENT // 2)[None, :]
+    first_token = tl.program_id(2) * (8 * len(totals))
+    for start in range(first, last, STEP):
+        for number in tl.static_range(STEP):
+            segment = start + number
+            is_segment = zeros + segment < last
+            places = segments_ptr + segment * SEGMENT + entries
+            words = tl.load(places, mask=is_segment, other=0)
+            next_words = tl.load(places + SEGMENT // 2, mask=is_segment, other=0)
+            panel = tl.load(columns_ptr + tl.minimum(segment, last - 1))
+            weights = deal_halves(
+                kept_rows(words, DTYPE), kept_rows(next_words, DTYPE), WIDTH
+            )
+            added = ()
+            for part in tl.static_range(len(totals)):
+                token = first_token + part * 8 + tl.arange(0, 8)
+                x_rows = x_ptr + tl.minimum(token, tokens - 1) * in_features
+                x_rows = x_rows[None, :, None]
+                x = deal_halves(
+                    gather(x_rows, words, panel),
+                    gather(x_rows, next_words, panel),
+                    WIDTH,
+                ).trans()
+                # Which of them are in which row, as a product that loses nothing.
+                total = totals[part]
+                if DTYPE == X_TYPE:
+                    total = tl.dot(weights.to(X_TYPE), x, total)
+                else:
+                    x = x.to(tl.float32)
+                    total = tl.dot(weights, x, total, input_precision="tf32x3")
+                added += (total,)
+            totals = added
+    return totals
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks", "split_blocks", "offset"])
+@triton.jit
+def add_up(
+    counters_ptr,
+    job_starts_ptr,
+    sums_ptr,
+    bias_ptr,
+    out_ptr,
+    row_block,
+    tokens,
+    out_features,
+    splits,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TOKEN_BLOCKS: tl.constexpr,
+):
+    """Count a program of a block of rows; the last one adds up what all have stored."""
+    token_block = tl.program_id(2)
+    first_job = tl.load(job_starts_ptr + row_block)
+    last_job = tl.load(job_starts_ptr + row_block + 1)
+    # Every thread's sums are stored before one thread counts.
+    tl.debug_barrier()
+    counter = counters_ptr + row_block * TOKEN_BLOCKS + token_block
+    programs = splits + last_job - first_job
+    if tl.atomic_add(counter, 1, sem="release") == programs - 1:
+        tl.atomic_xchg(counter, 0, sem="acquire")
+        rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
+        size = tokens.to(tl.int64) * out_features
+        for part in tl.static_range(TOKENS // 8):
+            token = token_block * TOKENS + part * 8 + tl.arange(0, 8)[None, :]
+            mask = (rows < out_features) & (token < tokens)
+            places = sums_ptr + token.to(tl.int64) * out_features + rows
+            total = tl.zeros([ROWS, 8], tl.float32)
+            for split in range(splits):
+                sums = places + split * size
+                total += tl.load(sums, mask=mask, other=0, cache_modifier=".cg")
+            places = job_places(sums_ptr, part, tokens, out_features, splits, ROWS, TOKENS)
+            for job in range(first_job, last_job):
+                sums = places + job * tl.num_programs(2) * (ROWS * TOKENS)
+                total += tl.load(sums, cache_modifier=".cg")
+            store(
+                out_ptr, bias_ptr, total, rows, token, tokens, out_features, HAS_BIAS
+            )
+
+
+@triton.jit
+def job_places(
+    sums_ptr,
+    part,
+    tokens,
+    out_features,
+    splits,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Where the first job has its sums [ROWS, 8] of eight tokens."""
+    places = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, 8)[None, :] + part * 8
+    places += tl.program_id(2) * (ROWS * TOKENS)
+    return sums_ptr + tokens.to(tl.int64) * out_features * splits + places
+
+
+@triton.jit
+def store(
+    out_ptr,
+    bias_ptr,
+    total,
+    rows,
+    token,
+    tokens,
+    out_features,
+    HAS_BIAS: tl.constexpr,
+):
+    """Store sums [rows, 8] and the bias."""
+    is_row = rows < out_features
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + rows, mask=is_row, other=0).to(tl.float32)
+    places = out_ptr + token.to(tl.int64) * out_features + rows
+    out = total.to(out_ptr.dtype.element_ty)
+    tl.store(places, out, mask=is_row & (token < tokens))
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "splits", "jobs", "turns", "offset"])
 def tile_gemm_kernel(
     x_ptr,
     qweight_ptr,
     qweight_high_ptr,
     grid_ptr,
     starts_ptr,
+    columns_ptr,
     segments_ptr,
+    job_starts_ptr,
+    job_blocks_ptr,
     counters_ptr,
     bias_ptr,
     sums_ptr,
@@ -113,7 +271,9 @@ def tile_gemm_kernel(
     out_features,
     in_features,
     blocks,
-    split_blocks,
+    splits,
+    jobs,
+    turns,
     offset,
     GROUP_SIZE: tl.constexpr,
     BITS: tl.constexpr,
@@ -125,127 +285,180 @@ def tile_gemm_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     TOKEN_BLOCKS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     SEGMENT: tl.constexpr,
+    OWN_SEGMENTS: tl.constexpr,
+    JOB_SEGMENTS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Multiply x [tokens, in]: out [tokens, out]; sums are [splits, tokens, out].
+    """Multiply x [tokens, in]: out [tokens, out].
 
-    The grid is (out / ROWS, splits, tokens / TOKENS): a split adds up `split_blocks`
-    blocks of columns, and its share of the rows' kept weights. `offset` is
-    `offset_words`, GROUP_SIZE is 0 for groups that are whole rows, IS_PADDED says that
-    the last block has more columns than x; WIDTH is of `deal`.
+    The grid is (multiprocessors, turns and as many more as jobs need, tokens / TOKENS);
+    a split adds up its share of the blocks of columns and of the rows' own kept weights.
+    Sums are [splits, tokens, out], and [jobs, tokens / TOKENS, ROWS, TOKENS] after them;
+    without any IS_SPLIT is false. `offset` is `offset_words`, GROUP_SIZE is 0 for groups
+    that are whole rows, IS_PADDED says that the last block has more columns than x;
+    WIDTH is of `deal`.
     """
     FIELDS: tl.constexpr = 4 if BITS == 4 else 8
+    HALF: tl.constexpr = BLOCK_WORDS // 2
     SLICE: tl.constexpr = 2 * BLOCK_WORDS
     COLUMNS: tl.constexpr = FIELDS * SLICE
     HALVES_ARE_GROUPS: tl.constexpr = GROUP_SIZE == SLICE // 2
+    PARTS: tl.constexpr = TOKENS // 8
     X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    OFFSET: tl.constexpr = value_offset(X_TYPE)
-    # The difference of two numbers in both halves of a word.
-    TO_ONES: tl.constexpr = (0x3F803F80 if X_TYPE.is_bf16() else 0x3C003C00) - (
-        offset_words(X_TYPE)
-    )
-    row_block, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    rows = row_block * ROWS + tl.arange(0, ROWS)
-    numbers = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    turn, token_block = tl.program_id(1), tl.program_id(2)
+    eight = tl.arange(0, 8)
+    totals = ()
+    for _ in tl.static_range(PARTS):
+        totals += (tl.zeros([ROWS, 8], tl.float32),)
+
+    if turn >= turns:
+        job = (turn - turns) * tl.num_programs(0) + tl.program_id(0)
+        if job < jobs:
+            row_block = tl.load(job_blocks_ptr + job)
+            number = job - tl.load(job_starts_ptr + row_block)
+            first = tl.load(starts_ptr + row_block) + OWN_SEGMENTS
+            first += number * JOB_SEGMENTS
+            last = tl.load(starts_ptr + row_block + 1)
+            last = tl.minimum(first + JOB_SEGMENTS, last)
+            totals = add_kept(
+                totals,
+                x_ptr,
+                columns_ptr,
+                segments_ptr,
+                tokens,
+                in_features,
+                first,
+                last,
+                WIDTH,
+                SEGMENT,
+                DTYPE,
+            )
+            for part in tl.static_range(PARTS):
+                places = job_places(
+                    sums_ptr, part, tokens, out_features, splits, ROWS, TOKENS
+                )
+                places += job * tl.num_programs(2) * (ROWS * TOKENS)
+                tl.store(places, totals[part])
+            add_up(
+                counters_ptr,
+                job_starts_ptr,
+                sums_ptr,
+                bias_ptr,
+                out_ptr,
+                row_block,
+                tokens,
+                out_features,
+                splits,
+                HAS_BIAS,
+                ROWS,
+                TOKENS,
+                TOKEN_BLOCKS,
+            )
+        return
+
+    row_block, split = row_share(turn, splits)
+    if row_block * ROWS >= out_features:
+        return
+    rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
     # What is past the last row or token is computed of the last one, and not stored.
-    code_rows = tl.minimum(rows, out_features - 1)[:, None] * blocks
-    half_words = tl.arange(0, BLOCK_WORDS // 2)[None, :]
+    code_rows = tl.minimum(rows, out_features - 1) * blocks
+    half_words = tl.arange(0, HALF)[None, :]
     low_ptr = qweight_ptr + code_rows * BLOCK_WORDS + half_words
     high_ptr = low_ptr
     if BITS == 3:
-        high_ptr = qweight_high_ptr + code_rows * (BLOCK_WORDS // 2) + half_words
-    half_columns = tl.arange(0, SLICE // 2)[None, :]
-    x_rows = tl.minimum(numbers, tokens - 1)[:, None] * in_features
-    x_starts = x_ptr + x_rows + half_columns
+        high_ptr = qweight_high_ptr + code_rows * HALF + half_words
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
     grid_rows = grid_ptr + row_block * groups * ROWS + tl.arange(0, ROWS)
-    # Made of an argument: of constants that it knows, the compiler makes operands anew
-    # for every instruction.
-    ones = value_pairs(tl.zeros([16, 16], tl.int32) + (offset + TO_ONES), X_TYPE)
-    ones = deal(ones, WIDTH)
+    half_columns = tl.arange(0, SLICE // 2)[None, :]
+    x_starts = ()
+    for part in tl.static_range(PARTS):
+        token = token_block * TOKENS + part * 8 + eight[:, None]
+        x_starts += (
+            x_ptr + tl.minimum(token, tokens - 1) * in_features + half_columns,
+        )
 
-    first_block = split * split_blocks
-    last_block = tl.minimum(first_block + split_blocks, blocks)
+    first_block = split * blocks // splits
+    last_block = (split + 1) * blocks // splits
     low, low_second, high = load_words(
         low_ptr, high_ptr, first_block, BLOCK_WORDS, BITS
     )
-    total = kept_sums(
+    grid = load_grid(grid_rows, first_block, COLUMNS, GROUP_SIZE, ROWS)
+    start = tl.load(starts_ptr + row_block)
+    own = tl.minimum(tl.load(starts_ptr + row_block + 1) - start, OWN_SEGMENTS)
+    totals = add_kept(
+        totals,
         x_ptr,
-        starts_ptr,
+        columns_ptr,
         segments_ptr,
         tokens,
-        out_features,
         in_features,
-        ROWS,
-        TOKENS,
-        SEGMENTS,
+        start + own * split // splits,
+        start + own * (split + 1) // splits,
+        WIDTH,
         SEGMENT,
         DTYPE,
     )
     for block in range(first_block, last_block):
         # The next block is asked for before this one is multiplied.
+        next_block = tl.minimum(block + 1, last_block - 1)
         next_low, next_second, next_high = load_words(
-            low_ptr,
-            high_ptr,
-            tl.minimum(block + 1, last_block - 1),
-            BLOCK_WORDS,
-            BITS,
+            low_ptr, high_ptr, next_block, BLOCK_WORDS, BITS
         )
+        next_grid = load_grid(grid_rows, next_block, COLUMNS, GROUP_SIZE, ROWS)
         high_second = high >> 1
         for field in tl.static_range(FIELDS):
             for half in tl.static_range(2):
-                if half == 0 or HALVES_ARE_GROUPS:
-                    dots = tl.zeros([ROWS, TOKENS], tl.float32)
-                    x_sums = tl.zeros([ROWS, TOKENS], tl.float32)
-                start = block * COLUMNS + (field * SLICE + half * (SLICE // 2))
-                if IS_PADDED:
-                    is_column = start + half_columns < in_features
-                    x = tl.load(x_starts + start, mask=is_column, other=0)
-                else:
-                    x = tl.load(x_starts + start)
-                x = deal(x, WIDTH).trans()
                 if half == 0:
                     words = slice_words(low, high, offset, field, BITS)
                 else:
                     words = slice_words(low_second, high_second, offset, field, BITS)
-                values = deal(value_pairs(words, X_TYPE), WIDTH)
-                dots = tl.dot(values, x, dots)
-                # As many times as there are rows, but no data moves between threads.
-                x_sums = tl.dot(ones, x, x_sums)
-                if half == 1 or HALVES_ARE_GROUPS:
-                    group = group_of_slice(
-                        block, field * SLICE + half * (SLICE // 2), COLUMNS, GROUP_SIZE
-                    )
-                    grid = tl.load(grid_rows + group * ROWS)
-                    scales, zeros = scales_and_zeros(grid, DTYPE)
-                    units = scales * field_unit(field, BITS)
-                    shifts = scales * (zeros + OFFSET * field_unit(field, BITS))
-                    total += units[:, None] * dots
-                    total -= shifts[:, None] * x_sums
+                if half == 0 or HALVES_ARE_GROUPS:
+                    group = grid[
+                        group_in_block(
+                            field * SLICE + half * (SLICE // 2), COLUMNS, GROUP_SIZE
+                        )
+                    ]
+                    zeros = negative_zeros(group, offset, field, BITS)[:, None]
+                    scales = scale_pairs(group, field, BITS, DTYPE, X_TYPE)[:, None]
+                words = pair_weights(words, zeros, scales, X_TYPE)
+                weights = deal(value_pairs(words, X_TYPE), WIDTH)
+                columns = block * COLUMNS + (field * SLICE + half * (SLICE // 2))
+                added = ()
+                for part in tl.static_range(PARTS):
+                    if IS_PADDED:
+                        is_column = columns + half_columns < in_features
+                        x = tl.load(x_starts[part] + columns, mask=is_column, other=0)
+                    else:
+                        x = tl.load(x_starts[part] + columns)
+                    added += (tl.dot(weights, deal(x, WIDTH).trans(), totals[part]),)
+                totals = added
         low, low_second, high = next_low, next_second, next_high
+        grid = next_grid
 
-    place = numbers.to(tl.int64)[None, :] * out_features + rows[:, None]
-    is_row = rows < out_features
-    mask = is_row[:, None] & (numbers < tokens)[None, :]
+    for part in tl.static_range(PARTS):
+        token = token_block * TOKENS + part * 8 + eight[None, :]
+        if IS_SPLIT:
+            size = tokens.to(tl.int64) * out_features
+            places = sums_ptr + split * size + token.to(tl.int64) * out_features + rows
+            mask = (rows < out_features) & (token < tokens)
+            tl.store(places, totals[part], mask=mask)
+        else:
+            total = totals[part]
+            store(out_ptr, bias_ptr, total, rows, token, tokens, out_features, HAS_BIAS)
     if IS_SPLIT:
-        size = tokens.to(tl.int64) * out_features
-        tl.store(sums_ptr + split * size + place, total, mask=mask)
-        # Every thread's sums are stored before one thread counts.
-        tl.debug_barrier()
-        counter = counters_ptr + row_block * TOKEN_BLOCKS + tl.program_id(2)
-        if tl.atomic_add(counter, 1, sem="acq_rel") != splits - 1:
-            return
-        tl.store(counter, 0)
-        total = tl.zeros([ROWS, TOKENS], tl.float32)
-        for number in range(splits):
-            total += tl.load(
-                sums_ptr + number * size + place,
-                mask=mask,
-                other=0,
-                cache_modifier=".cg",
-            )
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + rows, mask=is_row, other=0).to(tl.float32)[:, None]
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
+        add_up(
+            counters_ptr,
+            job_starts_ptr,
+            sums_ptr,
+            bias_ptr,
+            out_ptr,
+            row_block,
+            tokens,
+            out_features,
+            splits,
+            HAS_BIAS,
+            ROWS,
+            TOKENS,
+            TOKEN_BLOCKS,
+        )

@@ -6,6 +6,8 @@
 | more | `triton_tile_dequantize` into a workspace, then PyTorch's product |
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from tacq_vllm.kernels.tiles import (
     BLOCK_WORDS,
+    JOB_SEGMENTS,
+    OWN_SEGMENTS,
     ROWS,
     SEGMENT,
     TOKEN_BLOCKS,
@@ -23,7 +27,7 @@ from tacq_vllm.kernels.tiles import (
 from tacq_vllm.kernels.triton_dense import dense_product
 from tacq_vllm.kernels.triton_tile_codes import offset_words
 from tacq_vllm.kernels.triton_tile_dequantize import (
-    add_segments_kernel,
+    add_kept_kernel,
     tile_dequantize_kernel,
 )
 from tacq_vllm.kernels.triton_tile_gemm import tile_gemm_kernel
@@ -71,19 +75,23 @@ def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) ->
     shape = next((tile for tile in shapes if tokens <= tile.tokens), shapes[-1])
     row_blocks = triton.cdiv(out_features, ROWS)
     token_blocks = triton.cdiv(tokens, shape.tokens)
+    places = _multiprocessors(x.device)
+    jobs = tiled.job_blocks.numel()
     # No more programs than can be there at once: the last ones would be alone.
-    splits = max(1, shape.programs // (row_blocks * token_blocks))
-    split_blocks = triton.cdiv(tiled.blocks, splits)
-    splits = triton.cdiv(tiled.blocks, split_blocks)
+    splits = (shape.warps * places - jobs) // (row_blocks * token_blocks)
+    splits = max(1, min(splits, tiled.blocks, places))
     out = x.new_empty(tokens, out_features)
     sums = None
-    if splits > 1:
-        sums = x.new_empty(splits, tokens, out_features, dtype=torch.float32)
-    tile_gemm_kernel[row_blocks, splits, token_blocks](
+    if splits > 1 or jobs:
+        size = splits * tokens * out_features + jobs * token_blocks * ROWS * shape.tokens
+        sums = x.new_empty(size, dtype=torch.float32)
+    turns = triton.cdiv(row_blocks, places // splits)
+    tile_gemm_kernel[places, turns + triton.cdiv(jobs, places), token_blocks](
         x,
         *_codes(tiled),
-        tiled.segment_starts,
-        tiled.segments,
+        *_kept(tiled),
+        tiled.job_starts,
+        tiled.job_blocks,
         tiled.counters,
         bias,
         sums,
@@ -92,23 +100,27 @@ def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) ->
         out_features,
         tiled.in_features,
         tiled.blocks,
-        split_blocks,
+        splits,
+        jobs,
+        turns,
         offset_words(_DTYPES[x.dtype]),
         GROUP_SIZE=tiled.group_size,
         BITS=tiled.bits,
         IS_PADDED=_is_padded(tiled),
         HAS_BIAS=bias is not None,
-        IS_SPLIT=splits > 1,
+        IS_SPLIT=sums is not None,
         WIDTH=OPERAND_WIDTH,
         BLOCK_WORDS=BLOCK_WORDS,
         ROWS=ROWS,
         TOKENS=shape.tokens,
         TOKEN_BLOCKS=TOKEN_BLOCKS,
-        SEGMENTS=shape.segments,
         SEGMENT=SEGMENT,
+        OWN_SEGMENTS=OWN_SEGMENTS,
+        JOB_SEGMENTS=JOB_SEGMENTS,
         DTYPE=_DTYPES[tiled.dtype],
         num_warps=1,
         num_stages=1,
+        maxnreg=shape.registers,
     )
     return out
 
@@ -135,15 +147,13 @@ def _dequantize(
         DTYPE=_DTYPES[tiled.dtype],
         num_warps=shape.warps,
     )
-    add_segments_kernel[row_blocks, shape.sharers](
-        tiled.segment_starts,
-        tiled.segments,
+    add_kept_kernel[triton.cdiv(stop - start, ROWS), shape.sharers](
+        *_kept(tiled),
         out,
         start,
         stop,
-        tiled.out_features,
         tiled.in_features,
-        ROWS=shape.rows,
+        ROWS=ROWS,
         SEGMENTS=shape.segments,
         SEGMENT=SEGMENT,
         DTYPE=_DTYPES[tiled.dtype],
@@ -156,6 +166,18 @@ def _codes(tiled: TiledLinear) -> tuple[Tensor | None, ...]:
     return tiled.qweight, tiled.qweight_high, tiled.grid
 
 
+def _kept(tiled: TiledLinear) -> tuple[Tensor, ...]:
+    return tiled.segment_starts, tiled.segment_columns, tiled.segments
+
+
 def _is_padded(tiled: TiledLinear) -> bool:
     """Whether the last block has columns that the weight does not have."""
     return tiled.in_features < tiled.blocks * block_columns(tiled.bits)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; in the interpreter, a number that divides little."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -44,10 +44,11 @@ class TileGemm:
 
     tokens: int
     """At most; a multiple of 8."""
-    programs: int
-    """Programs that fill the GPU: columns are split where there would be fewer."""
-    segments: int
-    """Segments of kept weights in one step."""
+    warps: int
+    """Programs, of one, that a multiprocessor has place for: columns are split where
+    there would be fewer."""
+    registers: int
+    """Of a thread, at most."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ _UNMEASURED = Tuning(
     gemm_tokens=128,
     programs=256,
     tile_gemm=(
-        TileGemm(tokens=8, programs=1716, segments=16),
-        TileGemm(tokens=16, programs=1320, segments=16),
+        TileGemm(tokens=8, warps=16, registers=128),
+        TileGemm(tokens=16, warps=16, registers=128),
     ),
     tile_dequantize=DequantizeTile(rows=64, warps=4, segments=32, sharers=4),
 )

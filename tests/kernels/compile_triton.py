@@ -12,7 +12,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tacq_vllm.kernels.tiles import BLOCK_WORDS, ROWS, SEGMENT, TOKEN_BLOCKS
+from tacq_vllm.kernels.tiles import (
+    BLOCK_WORDS,
+    JOB_SEGMENTS,
+    OWN_SEGMENTS,
+    ROWS,
+    SEGMENT,
+    TOKEN_BLOCKS,
+)
 from tacq_vllm.kernels.triton_cluster_codes import HALF
 from tacq_vllm.kernels.triton_cluster_dequantize import cluster_dequantize_kernel
 from tacq_vllm.kernels.triton_cluster_gemv import cluster_gemv_kernel
@@ -21,12 +28,12 @@ from tacq_vllm.kernels.triton_dequantize import dequantize_kernel
 from tacq_vllm.kernels.triton_gemm import gemm_kernel
 from tacq_vllm.kernels.triton_gemv import gemv_kernel
 from tacq_vllm.kernels.triton_tile_dequantize import (
-    add_segments_kernel,
+    add_kept_kernel,
     tile_dequantize_kernel,
 )
 from tacq_vllm.kernels.triton_tile_gemm import tile_gemm_kernel
 from tacq_vllm.kernels.triton_tiles import OPERAND_WIDTH
-from tacq_vllm.kernels.triton_tuning import Tile, Tuning, tuning_for
+from tacq_vllm.kernels.triton_tuning import Tile, TileGemm, Tuning, tuning_for
 
 WORDS = "*i32"
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -78,9 +85,10 @@ def tile_kernels(
     for shape in tuning.tile_gemm:
         own = {"ROWS": ROWS, "TOKENS": shape.tokens, "TOKEN_BLOCKS": TOKEN_BLOCKS}
         own |= {"HAS_BIAS": True, "IS_SPLIT": True, "WIDTH": OPERAND_WIDTH}
+        own |= {"OWN_SEGMENTS": OWN_SEGMENTS, "JOB_SEGMENTS": JOB_SEGMENTS}
         yield tile_gemm_kernel, shape, sizes | own
     yield tile_dequantize_kernel, tuning.tile_dequantize, sizes
-    yield add_segments_kernel, tuning.tile_dequantize, sizes
+    yield add_kept_kernel, tuning.tile_dequantize, sizes
 
 
 def compile_kernel(
@@ -91,7 +99,7 @@ def compile_kernel(
     if "ENTRIES" in kernel.arg_names:
         constants |= {"ENTRIES": tile.entries}
     else:
-        constants |= {"SEGMENTS": tile.segments}
+        constants |= {"SEGMENTS": getattr(tile, "segments", None)}
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
     pointers = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), x)
     pointers |= {"scales_ptr": "*bf16", "sums_ptr": "*fp32"}
@@ -104,11 +112,12 @@ def compile_kernel(
                 name, WORDS if name.endswith("_ptr") else "i32"
             )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    # A program of a tiled weight is one warp, and its loop is not in stages.
-    options = {
-        "num_warps": getattr(tile, "warps", 1),
-        "num_stages": getattr(tile, "stages", 1),
-    }
+    options = {"num_stages": getattr(tile, "stages", 1)}
+    if isinstance(tile, TileGemm):
+        options["num_warps"] = 1
+        options["maxnreg"] = tile.registers
+    else:
+        options["num_warps"] = tile.warps
     compiled = triton.compile(source, target=target, options=options)
     assert compiled.metadata.shared <= SHARED_BYTES[target.arch], (
         f"{kernel.__name__} {tile}: {compiled.metadata.shared} bytes shared"

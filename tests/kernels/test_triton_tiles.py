@@ -102,10 +102,10 @@ def test_as_many_tiles_of_tokens_as_there_are() -> None:
     assert_is_product(multiply(x, packed), x, dense)
 
 
-@pytest.mark.parametrize("programs", [1, 3, 1000])
-def test_splits_add_up(monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+@pytest.mark.parametrize("warps", [1, 8, 1000])
+def test_splits_add_up(monkeypatch: pytest.MonkeyPatch, warps: int) -> None:
     table = kernel.tuning_for("")
-    tiles = tuple(replace(shape, programs=programs) for shape in table.tile_gemm)
+    tiles = tuple(replace(shape, warps=warps) for shape in table.tile_gemm)
     tuning = replace(table, tile_gemm=tiles)
     monkeypatch.setattr(kernel, "tuning_for", lambda gpu_class: tuning)
     packed, dense = random_linear(3, 70, 2560, 64, 0.02, torch.bfloat16, 3)
