@@ -40,7 +40,6 @@ SHAPES = {
 }
 OUTLIER_RATIO = 0.0035
 BURST = 6
-MIN_SECONDS = 0.3
 
 
 def main() -> None:
@@ -53,6 +52,7 @@ def main() -> None:
     parser.add_argument("--bits", default="2,3,4")
     parser.add_argument("--group-sizes", default="64,-1")
     parser.add_argument("--activations", default="int8,exact")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each product")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -81,8 +81,9 @@ def main() -> None:
         ]
         kernels.extend((gpu_kernels if on_gpu else int4_kernels)(n, k, 64))
         for m in map(int, arguments.m.split(",")):
-            for row in time_kernels(kernels, m, n, k, bandwidth):
-                rows.append(device | row)
+            x = torch.randn(m, k, dtype=torch.bfloat16)
+            timed = time_kernels(kernels, x, arguments.seconds)
+            rows.extend(device | row for row in describe(timed, x, bandwidth))
         # After every shape, so that a run that is cut off leaves what it has measured.
         arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"{device['device']}; reads {bandwidth / 1e9:.1f} GB/s;", end=" ")
@@ -121,14 +122,14 @@ def own_kernels(
         )
 
 
-def cpu_seconds(kernels: list[Kernel], x: Tensor) -> list[float]:
+def cpu_seconds(kernels: list[Kernel], x: Tensor, least: float) -> list[float]:
     """Median times of the products, the kernels taking turns."""
     seconds: list[list[float]] = [[] for _ in kernels]
     for kernel in kernels:
         with kernel.chosen():
             kernel.multiply(x, kernel.weights[0])
     turn, burst = 0, BURST if x.shape[0] <= 64 else 1
-    while turn < 2 or min(map(sum, seconds)) < MIN_SECONDS:
+    while turn < 2 or min(map(sum, seconds)) < least:
         for kernel, times in zip(kernels, seconds, strict=True):
             with kernel.chosen():
                 for number in range(turn * burst, (turn + 1) * burst):
@@ -140,7 +141,7 @@ def cpu_seconds(kernels: list[Kernel], x: Tensor) -> list[float]:
     return list(map(statistics.median, seconds))
 
 
-def gpu_seconds(kernel: Kernel, x: Tensor) -> float:
+def gpu_seconds(kernel: Kernel, x: Tensor, least: float) -> float:
     """Median time of a product in a CUDA graph that goes through all copies."""
     for weight in kernel.weights[:2]:
         kernel.multiply(x, weight)
@@ -149,7 +150,7 @@ def gpu_seconds(kernel: Kernel, x: Tensor) -> float:
         for weight in kernel.weights:
             kernel.multiply(x, weight)
     times = []
-    while len(times) < 5 or sum(times) < MIN_SECONDS:
+    while len(times) < 5 or sum(times) < least:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -160,21 +161,23 @@ def gpu_seconds(kernel: Kernel, x: Tensor) -> float:
 
 
 def time_kernels(
-    kernels: list[Kernel], m: int, n: int, k: int, bandwidth: float
-) -> Iterator[dict[str, Any]]:
-    """Time x [m, k] times every kernel's weight, in turns."""
-    x = torch.randn(m, k, dtype=torch.bfloat16)
-    kernels = [kernel for kernel in kernels if m <= kernel.max_tokens]
+    kernels: list[Kernel], x: Tensor, least: float
+) -> list[tuple[Kernel, float]]:
+    """The kernels that are for so many tokens, and their seconds."""
+    kernels = [kernel for kernel in kernels if x.shape[0] <= kernel.max_tokens]
     if x.is_cuda:
-        medians = [gpu_seconds(kernel, x) for kernel in kernels]
+        medians = [gpu_seconds(kernel, x, least) for kernel in kernels]
     else:
-        medians = cpu_seconds(kernels, x)
-    baseline = min(
-        median
-        for kernel, median in zip(kernels, medians, strict=True)
-        if kernel.bits == 16
-    )
-    for kernel, median in zip(kernels, medians, strict=True):
+        medians = cpu_seconds(kernels, x, least)
+    return list(zip(kernels, medians, strict=True))
+
+
+def describe(
+    timed: list[tuple[Kernel, float]], x: Tensor, bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    """The rows of the results, with the error beside float32."""
+    baseline = min(median for kernel, median in timed if kernel.bits == 16)
+    for kernel, median in timed:
         exact = x.float() @ kernel.dense.T
         with kernel.chosen():
             error = kernel.multiply(x, kernel.weights[0]).float() - exact
@@ -182,9 +185,9 @@ def time_kernels(
             "kernel": kernel.name,
             "bits": kernel.bits,
             "group_size": kernel.group_size,
-            "m": m,
-            "n": n,
-            "k": k,
+            "m": x.shape[0],
+            "n": kernel.dense.shape[0],
+            "k": kernel.dense.shape[1],
             "us": round(median * 1e6, 1),
             "ratio_to_16bit": round(baseline / median, 2),
             "bandwidth_share": round(kernel.nbytes / median / bandwidth, 3),

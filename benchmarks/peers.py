@@ -74,7 +74,8 @@ def linear_float(x: Tensor, weight: Tensor) -> Tensor:
 def int4_kernels(n: int, k: int, group_size: int) -> Iterator[Kernel]:
     """Products of 4-bit weights on CPUs: PyTorch's, and vLLM's if it is there."""
     yield _torch_int4(n, k, group_size)
-    if find_spec("vllm"):
+    # vLLM has it for processors with AVX-512 alone.
+    if find_spec("vllm") and torch.cpu._is_avx512_supported():
         yield _vllm_int4(n, k, group_size)
 
 

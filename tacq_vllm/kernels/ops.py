@@ -145,7 +145,8 @@ def _register_tiled() -> None:
     _LIBRARY.define(
         "tiled_linear(Tensor x, Tensor qweight, Tensor? qweight_high, Tensor grid, "
         "Tensor segment_starts, Tensor segment_columns, Tensor segments, "
-        "Tensor job_starts, Tensor job_blocks, Tensor counters, Tensor? bias, int bits, ScalarType dtype) -> Tensor",
+        "Tensor job_starts, Tensor job_blocks, Tensor counters, Tensor? bias, "
+        "int bits, ScalarType dtype) -> Tensor",
         tags=torch.Tag.needs_fixed_stride_order,
     )
     _LIBRARY.impl("tiled_linear", forward, "CUDA")

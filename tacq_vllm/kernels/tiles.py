@@ -36,7 +36,7 @@ SLICE = 2 * BLOCK_WORDS
 """Columns that have the same place in a block's words."""
 ROWS = 16
 """Rows whose scales are neighbours, and whose kept weights lie together."""
-TOKEN_BLOCKS = 4
+TOKEN_BLOCKS = 2
 """Blocks of tokens that are multiplied in one launch, at most."""
 SEGMENT = 32
 """Kept weights of a segment."""

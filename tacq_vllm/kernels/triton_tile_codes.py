@@ -11,7 +11,6 @@ import triton.language as tl
 
 from tacq_vllm.kernels.triton_codes import high_half
 
-
 SIGNS = tl.constexpr(-0x7FFF8000)
 """-0.0 in both halves of a word."""
 
@@ -102,7 +101,7 @@ def pair_weights(words, zeros, scales, X_TYPE: tl.constexpr):
 
 @triton.jit
 def pair_fma(a, b, c, X_TYPE: tl.constexpr):
-    """a · b + c in both halves of words; Triton has no type for two numbers."""
+    """A · b + c in both halves of words; Triton has no type for two numbers."""
     ASSEMBLY: tl.constexpr = (
         "fma.rn.bf16x2 $0, $1, $2, $3;"
         if X_TYPE.is_bf16()

@@ -112,5 +112,7 @@ def add_kept_kernel(
         values = high_half(words, DTYPE)
         places = rows.to(tl.int64) * in_features + entry_columns(words, panels)
         is_kept = (values != 0) & (rows < last_row - first_row)
-        weight = tl.load(out_ptr + places, mask=is_kept, other=0).to(tl.float32) + values
+        weight = (
+            tl.load(out_ptr + places, mask=is_kept, other=0).to(tl.float32) + values
+        )
         tl.store(out_ptr + places, weight.to(out_ptr.dtype.element_ty), mask=is_kept)

@@ -108,7 +108,7 @@ def kept_rows(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def gather(x_rows, words, panel):
-    """x [8, 16] of tokens that begin at `x_rows`, [1, 8, 1], at the columns of entries.
+    """X [8, 16] of tokens that begin at `x_rows`, [1, 8, 1], at the columns of entries.
 
     It is loaded as [4, 8, 4]: that is how Triton comes to give a thread the x of those
     entries that it has.
@@ -207,13 +207,13 @@ def add_up(
             for split in range(splits):
                 sums = places + split * size
                 total += tl.load(sums, mask=mask, other=0, cache_modifier=".cg")
-            places = job_places(sums_ptr, part, tokens, out_features, splits, ROWS, TOKENS)
+            places = job_places(
+                sums_ptr, part, tokens, out_features, splits, ROWS, TOKENS
+            )
             for job in range(first_job, last_job):
                 sums = places + job * tl.num_programs(2) * (ROWS * TOKENS)
                 total += tl.load(sums, cache_modifier=".cg")
-            store(
-                out_ptr, bias_ptr, total, rows, token, tokens, out_features, HAS_BIAS
-            )
+            store(out_ptr, bias_ptr, total, rows, token, tokens, out_features, HAS_BIAS)
 
 
 @triton.jit
@@ -293,11 +293,11 @@ def tile_gemm_kernel(
     """Multiply x [tokens, in]: out [tokens, out].
 
     The grid is (multiprocessors, turns and as many more as jobs need, tokens / TOKENS);
-    a split adds up its share of the blocks of columns and of the rows' own kept weights.
-    Sums are [splits, tokens, out], and [jobs, tokens / TOKENS, ROWS, TOKENS] after them;
-    without any IS_SPLIT is false. `offset` is `offset_words`, GROUP_SIZE is 0 for groups
-    that are whole rows, IS_PADDED says that the last block has more columns than x;
-    WIDTH is of `deal`.
+    a split adds up its share of the blocks of columns and of rows' own kept weights.
+    Sums are [splits, tokens, out], then [jobs, tokens / TOKENS, ROWS, TOKENS]; where
+    neither are needed, IS_SPLIT is false. `offset` is `offset_words`,
+    GROUP_SIZE is 0 for groups that are whole rows, IS_PADDED says that the last block
+    has more columns than x; WIDTH is of `deal`.
     """
     FIELDS: tl.constexpr = 4 if BITS == 4 else 8
     HALF: tl.constexpr = BLOCK_WORDS // 2

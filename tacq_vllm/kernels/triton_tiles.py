@@ -2,7 +2,7 @@
 
 | tokens | way |
 | --- | --- |
-| up to four of the largest tiles | `triton_tile_gemm`: tensor cores |
+| up to two of the largest tiles | `triton_tile_gemm`: tensor cores |
 | more | `triton_tile_dequantize` into a workspace, then PyTorch's product |
 """
 
@@ -83,7 +83,9 @@ def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) ->
     out = x.new_empty(tokens, out_features)
     sums = None
     if splits > 1 or jobs:
-        size = splits * tokens * out_features + jobs * token_blocks * ROWS * shape.tokens
+        size = (
+            splits * tokens * out_features + jobs * token_blocks * ROWS * shape.tokens
+        )
         sums = x.new_empty(size, dtype=torch.float32)
     turns = triton.cdiv(row_blocks, places // splits)
     tile_gemm_kernel[places, turns + triton.cdiv(jobs, places), token_blocks](

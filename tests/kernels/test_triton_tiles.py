@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
+from tacq_vllm.format.outliers import decode_outliers
 from tacq_vllm.kernels import triton_dense
 from tacq_vllm.kernels.ops import arrange
-from tacq_vllm.kernels.tiles import SEGMENT, TiledLinear, can_tile, tile
+from tacq_vllm.kernels.tiles import ROWS, TiledLinear, can_tile, tile
 from tests.builders import assert_is_product, random_input, random_linear
 from tests.clusters import random_clustered
 from tests.interpreter import DEVICE
@@ -146,13 +147,38 @@ def test_clusters_become_codes_of_three_bits(in_features: int) -> None:
         assert_is_product(multiply(x, clustered), x, dense)
 
 
-def test_rows_with_hundreds_of_kept_weights_fill_segments() -> None:
-    packed, _ = random_linear(2, 3, 512, 64, 1.0, torch.bfloat16, 5, slice(1, 2))
-
+def test_kept_weights_lie_together_by_columns() -> None:
+    packed, _ = random_linear(2, 40, 6144, 64, 0.02, torch.bfloat16, 5)
     tiled = tile(packed)
+    counts = tiled.segment_starts.diff()
+    blocks = torch.arange(len(counts)).repeat_interleave(counts)
+    words = tiled.segments
+    columns = tiled.segment_columns[:, None] + ((words & 0xFFFF) >> 4)
+    rows = blocks[:, None] * ROWS + (words & 0xF)
+    values = (words >> 16).to(torch.int16).view(torch.bfloat16)
 
-    assert tiled.segment_starts.tolist() == [0, 0, 512 // SEGMENT, 512 // SEGMENT]
-    assert torch.equal(tiled.segments.flatten(), packed.outliers[4:])
+    kept = torch.zeros(3 * ROWS, 6144, dtype=torch.bfloat16)
+    kept.index_put_((rows, columns), values, accumulate=True)
+
+    expected = decode_outliers(packed.outliers, 40, torch.bfloat16)
+    assert torch.equal(kept[:40][expected.rows, expected.columns], expected.values)
+    assert kept.count_nonzero() == expected.values.count_nonzero()
+    is_entry = values != 0
+    for own in columns.split(counts.tolist()):
+        filled = own.flatten()[is_entry[: len(own)].flatten()]
+        assert filled.diff().min() >= 0
+        is_entry = is_entry[len(own) :]
+
+
+def test_other_programs_share_a_row_with_very_many_kept_weights() -> None:
+    packed, dense = random_linear(3, 20, 6144, 64, 0.6, torch.float16, 5, slice(5, 6))
+    jobs = tile(packed).job_blocks
+
+    assert len(jobs) > 3
+    assert not jobs.any()
+    for tokens in (1, 12):
+        x = random_input(tokens, 6144, dtype=torch.float16)
+        assert_is_product(multiply(x, packed), x, dense)
 
 
 @pytest.mark.parametrize(
