@@ -2,8 +2,8 @@
 
 A code goes into the mantissa of 128 in bfloat16, or of 1024 in float16, where it is a
 number without a conversion, and without a shift too while it is within the last seven
-bits: field 1 of a word then counts for 4 times its code, field 2 for 16 times. That,
-and what the numbers are too large by, is taken out of the sums of a slice.
+bits: field 1 of a word then counts for 4 times its code, field 2 for 16 times. What the
+numbers are too large by comes off with the zero-point; the scale makes up for the rest.
 """
 
 import triton
@@ -80,7 +80,10 @@ def scale_pairs(
     DTYPE: tl.constexpr,
     X_TYPE: tl.constexpr,
 ):
-    """Scales of a slice's values, two in a word."""
+    """Scales of a slice's values, two in a word.
+
+    In float16 those under 2^-10 are subnormal by their unit, and lose bits.
+    """
     if DTYPE == X_TYPE:
         pairs = (grid & -0x10000) | (grid >> 16 & 0xFFFF)
     else:
@@ -101,7 +104,7 @@ def pair_weights(words, zeros, scales, X_TYPE: tl.constexpr):
 
 @triton.jit
 def pair_fma(a, b, c, X_TYPE: tl.constexpr):
-    """A · b + c in both halves of words; Triton has no type for two numbers."""
+    """Give a · b + c in both halves of words; Triton has no type for two numbers."""
     ASSEMBLY: tl.constexpr = (
         "fma.rn.bf16x2 $0, $1, $2, $3;"
         if X_TYPE.is_bf16()

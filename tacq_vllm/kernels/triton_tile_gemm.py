@@ -108,7 +108,7 @@ def kept_rows(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def gather(x_rows, words, panel):
-    """X [8, 16] of tokens that begin at `x_rows`, [1, 8, 1], at the columns of entries.
+    """Load x [8, 16] of tokens that begin at `x_rows` [1, 8, 1], at entries' columns.
 
     It is loaded as [4, 8, 4]: that is how Triton comes to give a thread the x of those
     entries that it has.

@@ -1,9 +1,9 @@
 """Sizes of the Triton kernels' tiles, by class of GPU.
 
-They are fixed: nothing is tried out while a server starts or captures CUDA graphs. They
-are what arithmetic and the compiled code suggest for data-center GPUs of compute
-capability 8.0 and later: programs of tiled weights are as many as an H100 has registers
-for, at 3 bits.
+They are fixed: nothing is tried out while a server starts or captures CUDA graphs. For
+tiled weights they are the best of some that were tried on an H100, for others what
+arithmetic and the compiled code suggest for data-center GPUs of compute capability 8.0
+and later.
 """
 
 import functools
@@ -81,7 +81,7 @@ class Tuning:
     tile_dequantize: DequantizeTile
 
 
-_UNMEASURED = Tuning(
+_DEFAULT = Tuning(
     gemv=Tile(rows=16, columns=2048, warps=4, stages=2),
     gemm=(
         GemmTile(rows=64, columns=128, warps=4, stages=3, tokens=16),
@@ -106,7 +106,7 @@ _TABLES: dict[str, Tuning] = {}
 
 def tuning_for(gpu_class: str) -> Tuning:
     """The table of a class of GPU, such as `sm90`."""
-    return _TABLES.get(gpu_class, _UNMEASURED)
+    return _TABLES.get(gpu_class, _DEFAULT)
 
 
 @functools.cache

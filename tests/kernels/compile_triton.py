@@ -39,7 +39,7 @@ WORDS = "*i32"
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Shared memory that a program may have, by compute capability."""
 EXCHANGES = 60
-"""Between threads of `tile_gemm_kernel`: of kept weights alone, codes take 200."""
+"""Between threads of `tile_gemm_kernel`: around its loop, in which codes take 200."""
 
 
 def plane_kernels(
