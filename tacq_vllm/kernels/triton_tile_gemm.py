@@ -312,7 +312,7 @@ def tile_gemm_kernel(
     for _ in tl.static_range(PARTS):
         totals += (tl.zeros([ROWS, 8], tl.float32),)
 
-    if turn >= turns:
+    if IS_SPLIT and turn >= turns:
         job = (turn - turns) * tl.num_programs(0) + tl.program_id(0)
         if job < jobs:
             row_block = tl.load(job_blocks_ptr + job)

@@ -84,9 +84,10 @@ def tile_kernels(
         sizes |= {"qweight_high_ptr": None}
     for shape in tuning.tile_gemm:
         own = {"ROWS": ROWS, "TOKENS": shape.tokens, "TOKEN_BLOCKS": TOKEN_BLOCKS}
-        own |= {"HAS_BIAS": True, "IS_SPLIT": True, "WIDTH": OPERAND_WIDTH}
+        own |= {"HAS_BIAS": True, "WIDTH": OPERAND_WIDTH}
         own |= {"OWN_SEGMENTS": OWN_SEGMENTS, "JOB_SEGMENTS": JOB_SEGMENTS}
-        yield tile_gemm_kernel, shape, sizes | own
+        for is_split in ({"IS_SPLIT": True}, {"IS_SPLIT": False, "sums_ptr": None}):
+            yield tile_gemm_kernel, shape, sizes | own | is_split
     yield tile_dequantize_kernel, tuning.tile_dequantize, sizes
     yield add_kept_kernel, tuning.tile_dequantize, sizes
 
