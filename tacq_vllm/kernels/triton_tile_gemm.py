@@ -10,10 +10,7 @@ their order, so that the same inputs give the same bits.
 import triton
 import triton.language as tl
 
-from tacq_vllm.kernels.triton_codes import high_half
 from tacq_vllm.kernels.triton_tile_codes import (
-    entry_columns,
-    entry_rows,
     group_in_block,
     group_of_slice,
     groups_of_block,
@@ -23,6 +20,8 @@ from tacq_vllm.kernels.triton_tile_codes import (
     slice_words,
     value_pairs,
 )
+from tacq_vllm.kernels.triton_tile_kept import add_kept
+from tacq_vllm.kernels.triton_tile_sums import add_up, job_places, store
 
 
 @triton.jit
@@ -51,16 +50,6 @@ def deal(values, WIDTH: tl.constexpr):
     pairs = values.reshape(values.shape[0], 4, 2, 2, 2)
     pairs = pairs.permute((0, 2, 3, 1, 4) if WIDTH == 2 else (0, 3, 1, 2, 4))
     return pairs.reshape(values.shape[0], 32)
-
-
-@triton.jit
-def deal_halves(first, second, WIDTH: tl.constexpr):
-    """The same of columns [n, 16] and the next 16, of which a thread has four each."""
-    both = tl.join(
-        first.reshape(first.shape[0], 4, 2, 2), second.reshape(first.shape[0], 4, 2, 2)
-    )
-    both = both.permute((0, 4, 2, 1, 3) if WIDTH == 2 else (0, 4, 1, 2, 3))
-    return both.reshape(first.shape[0], 32)
 
 
 @triton.jit
@@ -94,162 +83,6 @@ def load_grid(
         group = group_of_slice(block, number * GROUP_SIZE, COLUMNS, GROUP_SIZE)
         words += (tl.load(grid_ptr + group * ROWS, cache_modifier=".cg"),)
     return words
-
-
-@triton.jit
-def kept_rows(words, DTYPE: tl.constexpr):
-    """Kept weights, [8, n] that are all alike, in the rows they are of: [16, n]."""
-    owners, values = entry_rows(words), high_half(words, DTYPE)
-    rows = tl.arange(0, 8)[:, None]
-    first = tl.where(owners == rows, values, 0)
-    second = tl.where(owners == rows + 8, values, 0)
-    return tl.join(first, second).permute(2, 0, 1).reshape(16, words.shape[1])
-
-
-@triton.jit
-def gather(x_rows, words, panel):
-    """Load x [8, 16] of tokens that begin at `x_rows` [1, 8, 1], at entries' columns.
-
-    It is loaded as [4, 8, 4]: that is how Triton comes to give a thread the x of those
-    entries that it has.
-    """
-    columns = entry_columns(words, panel).reshape(8, 4, 4).permute(1, 0, 2)
-    return tl.load(x_rows + columns).permute(1, 0, 2).reshape(8, 16)
-
-
-@triton.jit
-def add_kept(
-    totals,
-    x_ptr,
-    columns_ptr,
-    segments_ptr,
-    tokens,
-    in_features,
-    first,
-    last,
-    WIDTH: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Add kept weights of segments times x to sums, [16, 8] for eight tokens each."""
-    X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    STEP: tl.constexpr = 2
-    # Every row's thread loads the same ones.
-    zeros = tl.arange(0, 8)[:, None] * 0
-    entries = zeros + tl.arange(0, SEGMENT // 2)[None, :]
-    first_token = tl.program_id(2) * (8 * len(totals))
-    for start in range(first, last, STEP):
-        for number in tl.static_range(STEP):
-            segment = start + number
-            is_segment = zeros + segment < last
-            places = segments_ptr + segment * SEGMENT + entries
-            words = tl.load(places, mask=is_segment, other=0)
-            next_words = tl.load(places + SEGMENT // 2, mask=is_segment, other=0)
-            panel = tl.load(columns_ptr + tl.minimum(segment, last - 1))
-            weights = deal_halves(
-                kept_rows(words, DTYPE), kept_rows(next_words, DTYPE), WIDTH
-            )
-            added = ()
-            for part in tl.static_range(len(totals)):
-                token = first_token + part * 8 + tl.arange(0, 8)
-                x_rows = x_ptr + tl.minimum(token, tokens - 1) * in_features
-                x_rows = x_rows[None, :, None]
-                x = deal_halves(
-                    gather(x_rows, words, panel),
-                    gather(x_rows, next_words, panel),
-                    WIDTH,
-                ).trans()
-                # Which of them are in which row, as a product that loses nothing.
-                total = totals[part]
-                if DTYPE == X_TYPE:
-                    total = tl.dot(weights.to(X_TYPE), x, total)
-                else:
-                    x = x.to(tl.float32)
-                    total = tl.dot(weights, x, total, input_precision="tf32x3")
-                added += (total,)
-            totals = added
-    return totals
-
-
-@triton.jit
-def add_up(
-    counters_ptr,
-    job_starts_ptr,
-    sums_ptr,
-    bias_ptr,
-    out_ptr,
-    row_block,
-    tokens,
-    out_features,
-    splits,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TOKEN_BLOCKS: tl.constexpr,
-):
-    """Count a program of a block of rows; the last one adds up what all have stored."""
-    token_block = tl.program_id(2)
-    first_job = tl.load(job_starts_ptr + row_block)
-    last_job = tl.load(job_starts_ptr + row_block + 1)
-    # Every thread's sums are stored before one thread counts.
-    tl.debug_barrier()
-    counter = counters_ptr + row_block * TOKEN_BLOCKS + token_block
-    programs = splits + last_job - first_job
-    if tl.atomic_add(counter, 1, sem="release") == programs - 1:
-        tl.atomic_xchg(counter, 0, sem="acquire")
-        rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
-        size = tokens.to(tl.int64) * out_features
-        for part in tl.static_range(TOKENS // 8):
-            token = token_block * TOKENS + part * 8 + tl.arange(0, 8)[None, :]
-            mask = (rows < out_features) & (token < tokens)
-            places = sums_ptr + token.to(tl.int64) * out_features + rows
-            total = tl.zeros([ROWS, 8], tl.float32)
-            for split in range(splits):
-                sums = places + split * size
-                total += tl.load(sums, mask=mask, other=0, cache_modifier=".cg")
-            places = job_places(
-                sums_ptr, part, tokens, out_features, splits, ROWS, TOKENS
-            )
-            for job in range(first_job, last_job):
-                sums = places + job * tl.num_programs(2) * (ROWS * TOKENS)
-                total += tl.load(sums, cache_modifier=".cg")
-            store(out_ptr, bias_ptr, total, rows, token, tokens, out_features, HAS_BIAS)
-
-
-@triton.jit
-def job_places(
-    sums_ptr,
-    part,
-    tokens,
-    out_features,
-    splits,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-):
-    """Where the first job has its sums [ROWS, 8] of eight tokens."""
-    places = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, 8)[None, :] + part * 8
-    places += tl.program_id(2) * (ROWS * TOKENS)
-    return sums_ptr + tokens.to(tl.int64) * out_features * splits + places
-
-
-@triton.jit
-def store(
-    out_ptr,
-    bias_ptr,
-    total,
-    rows,
-    token,
-    tokens,
-    out_features,
-    HAS_BIAS: tl.constexpr,
-):
-    """Store sums [rows, 8] and the bias."""
-    is_row = rows < out_features
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + rows, mask=is_row, other=0).to(tl.float32)
-    places = out_ptr + token.to(tl.int64) * out_features + rows
-    out = total.to(out_ptr.dtype.element_ty)
-    tl.store(places, out, mask=is_row & (token < tokens))
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "splits", "jobs", "turns", "offset"])

@@ -1,0 +1,96 @@
+"""Kept weights of a tiled weight times some tokens, on tensor cores.
+
+They stand in a matrix of their block's rows, one in each column, which is multiplied
+with x at their columns.
+"""
+
+import triton
+import triton.language as tl
+
+from tacq_vllm.kernels.triton_codes import high_half
+from tacq_vllm.kernels.triton_tile_codes import entry_columns, entry_rows
+
+
+@triton.jit
+def deal_halves(first, second, WIDTH: tl.constexpr):
+    """What `triton_tile_gemm.deal` makes of columns [n, 16] and the next 16."""
+    both = tl.join(
+        first.reshape(first.shape[0], 4, 2, 2), second.reshape(first.shape[0], 4, 2, 2)
+    )
+    both = both.permute((0, 4, 2, 1, 3) if WIDTH == 2 else (0, 4, 1, 2, 3))
+    return both.reshape(first.shape[0], 32)
+
+
+@triton.jit
+def kept_rows(words, DTYPE: tl.constexpr):
+    """Kept weights, [8, n] that are all alike, in the rows they are of: [16, n]."""
+    owners, values = entry_rows(words), high_half(words, DTYPE)
+    rows = tl.arange(0, 8)[:, None]
+    first = tl.where(owners == rows, values, 0)
+    second = tl.where(owners == rows + 8, values, 0)
+    return tl.join(first, second).permute(2, 0, 1).reshape(16, words.shape[1])
+
+
+@triton.jit
+def gather(x_rows, words, panel):
+    """Load x [8, 16] of tokens that begin at `x_rows` [1, 8, 1], at entries' columns.
+
+    It is loaded as [4, 8, 4]: that is how Triton comes to give a thread the x of those
+    entries that it has.
+    """
+    columns = entry_columns(words, panel).reshape(8, 4, 4).permute(1, 0, 2)
+    return tl.load(x_rows + columns).permute(1, 0, 2).reshape(8, 16)
+
+
+@triton.jit
+def add_kept(
+    totals,
+    x_ptr,
+    columns_ptr,
+    segments_ptr,
+    tokens,
+    in_features,
+    first,
+    last,
+    WIDTH: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Add kept weights of segments times x to sums, [16, 8] for eight tokens each."""
+    X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    STEP: tl.constexpr = 2
+    # Every row's thread loads the same ones.
+    zeros = tl.arange(0, 8)[:, None] * 0
+    entries = zeros + tl.arange(0, SEGMENT // 2)[None, :]
+    first_token = tl.program_id(2) * (8 * len(totals))
+    for start in range(first, last, STEP):
+        for number in tl.static_range(STEP):
+            segment = start + number
+            is_segment = zeros + segment < last
+            places = segments_ptr + segment * SEGMENT + entries
+            words = tl.load(places, mask=is_segment, other=0)
+            next_words = tl.load(places + SEGMENT // 2, mask=is_segment, other=0)
+            panel = tl.load(columns_ptr + tl.minimum(segment, last - 1))
+            weights = deal_halves(
+                kept_rows(words, DTYPE), kept_rows(next_words, DTYPE), WIDTH
+            )
+            added = ()
+            for part in tl.static_range(len(totals)):
+                token = first_token + part * 8 + tl.arange(0, 8)
+                x_rows = x_ptr + tl.minimum(token, tokens - 1) * in_features
+                x_rows = x_rows[None, :, None]
+                x = deal_halves(
+                    gather(x_rows, words, panel),
+                    gather(x_rows, next_words, panel),
+                    WIDTH,
+                ).trans()
+                # Which of them are in which row, as a product that loses nothing.
+                total = totals[part]
+                if DTYPE == X_TYPE:
+                    total = tl.dot(weights.to(X_TYPE), x, total)
+                else:
+                    x = x.to(tl.float32)
+                    total = tl.dot(weights, x, total, input_precision="tf32x3")
+                added += (total,)
+            totals = added
+    return totals
