@@ -77,9 +77,7 @@ def compare(
         seeds=_numbers("--seeds", seeds),
         options=" ".join(option or ()),
     )
-    cells = matrix.cells()
-    for cell in cells:
-        cell.recipe(base_recipe)
+    cells = matrix.cells(base_recipe)
 
     from transformers.utils import logging as transformers_logging
 

@@ -21,6 +21,8 @@ from tacq_vllm.config_methods import (
 )
 
 Method = Literal["tacq", "gptq", "rtn", "squeezellm", "spqr", "slim-llm", "fineq"]
+OWN_GROUPS: tuple[Method, ...] = ("squeezellm", "spqr")
+"""Methods that do not ask for `group_size`."""
 SaliencyMetric = Literal["tacq", "qal", "msg", "grad", "fisher", "magnitude"]
 StorageDtype = Literal["bfloat16", "float16"]
 
@@ -189,6 +191,13 @@ class Recipe(Section):
                 "multiple of 96"
             )
         return self
+
+    @property
+    def own_group_size(self) -> int:
+        """Columns that share a scale as the method has it; -1: the whole row."""
+        if self.method not in OWN_GROUPS:
+            return self.group_size
+        return self.spqr.group_size if self.method == "spqr" else -1
 
     @property
     def sections_of_others(self) -> set[str]:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from tacq_vllm.config import (
+    OWN_GROUPS,
     Method,
     Recipe,
     RecipeError,
@@ -54,7 +55,7 @@ class Cell(BaseModel):
             "method": self.method if is_method else "tacq",
             "outliers.saliency": self.method if self.method in SALIENCIES else None,
             "bits": self.bits,
-            "group_size": self.group_size,
+            "group_size": None if self.method in OWN_GROUPS else self.group_size,
             "calibration.sources": [self.calibration],
             "calibration.seed": self.seed,
         }
@@ -78,11 +79,16 @@ class Matrix:
     seeds: Sequence[int]
     options: str
 
-    def cells(self) -> list[Cell]:
-        """Every combination; those of a seed follow each other.
+    def cells(self, base: Recipe) -> list[Cell]:
+        """Every combination once; those of a seed follow each other.
+
+        Methods with groups of their own are combined with no others.
+
+        Args:
+            base: the recipe of which cells change some fields.
 
         Raises:
-            RecipeError: a choice is none that recipes know.
+            RecipeError: a choice is none that recipes know, or does not fit another.
         """
         for method in self.methods:
             if method not in METHODS and method not in SALIENCIES:
@@ -90,7 +96,7 @@ class Matrix:
                 raise RecipeError(f"{method}: no such method; there are {known}")
         # Neighbours share gradients, and the pass without kept weights.
         axes = (self.seeds, self.calibrations, self.bits, self.group_sizes)
-        return [
+        asked = (
             Cell(
                 method=method,
                 bits=bits,
@@ -101,4 +107,9 @@ class Matrix:
             )
             for seed, calibration, bits, group_size in product(*axes)
             for method in self.methods
+        )
+        cells = [
+            cell.model_copy(update={"group_size": cell.recipe(base).own_group_size})
+            for cell in asked
         ]
+        return list(dict.fromkeys(cells))

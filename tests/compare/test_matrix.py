@@ -19,17 +19,30 @@ def matrix(**choices: object) -> Matrix:
 
 
 def test_every_combination_once() -> None:
-    cells = matrix(methods=["gptq", "msg"], bits=[2, 3], seeds=[0, 1]).cells()
+    cells = matrix(methods=["gptq", "msg"], bits=[2, 3], seeds=[0, 1]).cells(Recipe())
 
     assert len(set(cells)) == len(cells) == 8
     assert [cell.method for cell in cells[:2]] == ["gptq", "msg"]
     assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4
 
 
+def test_a_method_with_groups_of_its_own_is_one_cell() -> None:
+    choices = matrix(methods=["rtn", "spqr", "squeezellm"], group_sizes=[64, 128])
+
+    cells = choices.cells(Recipe(spqr={"group_size": 8}))  # type: ignore[arg-type]
+
+    assert [(cell.method, cell.group_size) for cell in cells] == [
+        ("rtn", 64),
+        ("spqr", 8),
+        ("squeezellm", -1),
+        ("rtn", 128),
+    ]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_recipes_is_one(method: str) -> None:
     grid = {"bits": [2], "group_sizes": [-1]} if method == "fineq" else {}
-    (cell,) = matrix(methods=[method], **grid).cells()
+    (cell,) = matrix(methods=[method], **grid).cells(Recipe())
 
     assert cell.recipe(Recipe()).method == method
 
@@ -66,7 +79,7 @@ def test_a_cell_of_clusters() -> None:
 
 def test_an_unknown_method() -> None:
     with pytest.raises(RecipeError, match="magic: no such method; there are tacq, "):
-        matrix(methods=["magic"]).cells()
+        matrix(methods=["magic"]).cells(Recipe())
 
 
 @pytest.mark.parametrize(
