@@ -74,8 +74,11 @@ def alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Said:
 
 
 def test_the_trained_model_says_many_things(alone: Said) -> None:
-    """What follows holds of one token over and over too."""
-    assert len(set(alone.texts)) == len(PROMPTS)
+    """What follows holds of one token over and over too.
+
+    At 3 bits two questions may get one answer; which, depends on the processor.
+    """
+    assert len(set(alone.texts)) > 3 / 4 * len(PROMPTS)
     assert len(set(" ".join(alone.texts).split())) > 100
     assert alone.busy_engines == {"0"}
 
