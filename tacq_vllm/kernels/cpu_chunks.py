@@ -4,6 +4,7 @@ A chunk is a set of columns as `Rows` reads it: a lane of 32 bits has a few neig
 columns, and lies inside one group.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from tacq_vllm.kernels.cpu_ir import (
     pick,
     splat,
 )
-from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows
+from tacq_vllm.kernels.cpu_rows import Rows, WeightKind
 
 
 def lane_span(rows: Rows) -> int:
@@ -28,15 +29,16 @@ def lane_span(rows: Rows) -> int:
     return 4 * rows.stride
 
 
-def supports_groups(weight: CpuWeight) -> bool:
+@functools.cache
+def supports_groups(kind: WeightKind) -> bool:
     """Whether chunks can be read: groups are of whole lanes.
 
     A group and a chunk divide one another, or a row is one group.
     """
-    span, size = lane_span(weight.rows), weight.group_size
+    span, size = lane_span(kind.rows), kind.group_size
     chunk = LANES * span
     divide = chunk % size == 0 or size % chunk == 0
-    return size % span == 0 and (weight.groups == 1 or divide)
+    return size % span == 0 and (kind.groups == 1 or divide)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ fields in each, another their indices. From these come three vectors of codes, o
 each place in a cluster, with 4 added so that they have no sign.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -33,7 +34,7 @@ from tacq_vllm.kernels.cpu_ir import (
     shift_words,
     to_float,
 )
-from tacq_vllm.kernels.cpu_rows import CpuWeight, Load
+from tacq_vllm.kernels.cpu_rows import CpuWeight, Load, WeightKind
 
 _SET_BLOCKS = 2
 
@@ -43,17 +44,22 @@ _ZERO = -WIDE[0]
 
 def clusters_weight(linear: ClusteredLinear) -> CpuWeight:
     """The weight as the kernels take it; x is padded to whole blocks."""
+    columns = linear.qweight.shape[1] // BLOCK_WORDS * BLOCK
+    shape = linear.out_features, columns, linear.scales.shape[1]
     return CpuWeight(
-        ClusterRows(linear.scales.dtype),
+        _kind(linear.scales.dtype, *shape),
         (
             linear.qweight.data_ptr(),
             linear.scales.data_ptr(),
             linear.outliers.data_ptr(),
         ),
-        linear.out_features,
-        linear.qweight.shape[1] // BLOCK_WORDS * BLOCK,
-        linear.scales.shape[1],
     )
+
+
+@functools.cache
+def _kind(dtype: torch.dtype, *shape: int) -> WeightKind:
+    """Weights of a shape: rows, columns, groups."""
+    return WeightKind(ClusterRows(dtype), *shape)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import functools
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from tacq_vllm.kernels.cpu_dots import best_dot
 from tacq_vllm.kernels.cpu_int8_gemm import compile_gemm
 from tacq_vllm.kernels.cpu_int8_gemv import compile_gemv
 from tacq_vllm.kernels.cpu_panels import Panels
-from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows
+from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows, WeightKind
 from tacq_vllm.kernels.cpu_token_lanes import TokenLanes
 from tacq_vllm.kernels.cpu_token_tiles import TokenTiles
 from tacq_vllm.kernels.openmp import get_openmp
@@ -28,37 +28,37 @@ MAX_GEMV_TOKENS = 4
 
 def int8_supports(weight: CpuWeight) -> bool:
     """Whether the kernels multiply weights with groups like these."""
-    return supports_groups(weight)
+    return supports_groups(weight.kind)
 
 
 def int8_linear(x: Tensor, weight: CpuWeight) -> Tensor:
     """Multiply x [tokens, columns], contiguous, with the weight: [tokens, out]."""
-    count, columns = x.shape
-    tile = _tile(count)
-    kernel, layout = _kernel(*_kind(weight), x.dtype, _dot(tile), tile)
-    sizes = [-(-size // 64) * 64 for size in layout.sizes(count, columns)]
-    scratch = torch.empty(sum(sizes), dtype=torch.uint8)
-    out = torch.empty(layout.room(count), weight.out_features, dtype=x.dtype)
+    kind, count = weight.kind, x.shape[0]
+    call = _call(kind, x.dtype, _dot(_tile(count)), count)
+    scratch = torch.empty(call.scratch_bytes, dtype=torch.uint8)
+    out = torch.empty(call.room, kind.out_features, dtype=x.dtype)
+    start = scratch.data_ptr()
     get_openmp().run(
-        kernel,
-        (
-            x.data_ptr(),
-            *accumulate(sizes[:-1], initial=scratch.data_ptr()),
-            out.data_ptr(),
-            count,
-            columns,
-            weight.groups,
-            weight.out_features,
-            *weight.addresses,
-        ),
+        call.kernel,
+        x.data_ptr(),
+        start,
+        start + call.codes_at,
+        start + call.scales_at,
+        start + call.sums_at,
+        out.data_ptr(),
+        count,
+        kind.columns,
+        kind.groups,
+        kind.out_features,
+        *weight.addresses,
     )
-    return out[:count]
+    return out if call.room == count else out[:count]
 
 
 def warm_up(weight: CpuWeight, x_dtype: torch.dtype) -> None:
     """Compile the kernels for weights like these."""
     for tile in {_tile(count) for count in range(1, MAX_GEMV_TOKENS + 2)}:
-        _kernel(*_kind(weight), x_dtype, _dot(tile), tile)
+        _kernel(*_compiled_for(weight.kind), x_dtype, _dot(tile), tile)
 
 
 def int8_name() -> str:
@@ -77,15 +77,37 @@ def _dot(tile: int) -> str:
     return "amx" if tile == MANY and dot == "avx512vnni" and has_amx() else dot
 
 
-def _kind(weight: CpuWeight) -> tuple[Rows, int, int]:
+class _Call(NamedTuple):
+    """What calls with the same number of tokens have in common."""
+
+    kernel: Any
+    scratch_bytes: int
+    """For what is made of x: first its tiles, the rest where it is said here."""
+    codes_at: int
+    scales_at: int
+    sums_at: int
+    room: int
+    """Rows of the output that are written."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _call(kind: WeightKind, x_dtype: torch.dtype, dot: str, count: int) -> _Call:
+    """All that a call depends on but where its tensors are; a token makes hundreds."""
+    kernel, layout = _kernel(*_compiled_for(kind), x_dtype, dot, _tile(count))
+    sizes = [-(-size // 64) * 64 for size in layout.sizes(count, kind.columns)]
+    codes_at, scales_at, sums_at, end = accumulate(sizes)
+    return _Call(kernel, end, codes_at, scales_at, sums_at, layout.room(count))
+
+
+def _compiled_for(kind: WeightKind) -> tuple[Rows, int, int]:
     """What kernels are compiled for.
 
     How rows are stored; columns of a group, 0 for the row; of x that share a scale.
     """
-    size, block = weight.group_size, 4 * lane_span(weight.rows)
+    size, block = kind.group_size, 4 * lane_span(kind.rows)
     while size % block:
         block //= 2
-    return weight.rows, 0 if weight.groups == 1 else size, block
+    return kind.rows, 0 if kind.groups == 1 else size, block
 
 
 @functools.cache

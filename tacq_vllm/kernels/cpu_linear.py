@@ -54,7 +54,7 @@ def supports(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> bo
     return (
         x_dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (isinstance(linear, ClusteredLinear) or linear.in_features % 32 == 0)
-        and all(tensor.is_contiguous() for tensor in linear.tensors().values())
+        and all(map(Tensor.is_contiguous, linear.tensors().values()))
     )
 
 
@@ -76,16 +76,19 @@ def multiply(
 ) -> Tensor:
     """Multiply x [..., in] with the weight: [..., out], in the type of x."""
     weight = _weight(linear)
-    tokens = x.reshape(-1, linear.in_features).contiguous()
-    if weight.columns != linear.in_features:
-        tokens = pad(tokens, (0, weight.columns - linear.in_features))
+    is_matrix = x.dim() == 2
+    tokens = (x if is_matrix else x.reshape(-1, linear.in_features)).contiguous()
+    missing = weight.kind.columns - linear.in_features
+    if missing:
+        tokens = pad(tokens, (0, missing))
     if _rounds(x.dtype, weight):
         out = int8_linear(tokens, weight)
     elif tokens.shape[0] <= MAX_FUSED_TOKENS:
         out = _fused(tokens.to(torch.float32), weight).to(x.dtype)
     else:
         out = _blocked(tokens.to(torch.float32), weight).to(x.dtype)
-    out = out.view(*x.shape[:-1], weight.out_features)
+    if not is_matrix:
+        out = out.view(*x.shape[:-1], -1)
     return out if bias is None else out + bias
 
 
@@ -95,9 +98,9 @@ def warm_up(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> Non
     if _rounds(x_dtype, weight):
         warm_up_int8(weight, x_dtype)
     else:
-        _exact_dequantize(weight.rows)
+        _exact_dequantize(weight.kind.rows)
         for tokens in _TOKEN_COUNTS:
-            _exact_linear(weight.rows, tokens)
+            _exact_linear(weight.kind.rows, tokens)
 
 
 def _weight(linear: PackedLinear | ClusteredLinear) -> CpuWeight:
@@ -109,21 +112,22 @@ def _weight(linear: PackedLinear | ClusteredLinear) -> CpuWeight:
 
 def _fused(x: Tensor, weight: CpuWeight) -> Tensor:
     """The exact product, for few tokens: float32 [tokens, out]."""
-    tile = _tile(x.shape[0])
-    out = torch.empty(tile, weight.out_features)
-    kernel = _exact_linear(weight.rows, tile)
-    _run_exact(kernel, weight, _with_rows(x, tile), out, 0, weight.out_features)
+    kind, tile = weight.kind, _tile(x.shape[0])
+    out = torch.empty(tile, kind.out_features)
+    kernel = _exact_linear(kind.rows, tile)
+    _run_exact(kernel, weight, _with_rows(x, tile), out, 0, kind.out_features)
     return out[: x.shape[0]]
 
 
 def _blocked(x: Tensor, weight: CpuWeight) -> Tensor:
     """The exact product, for many tokens: float32 [tokens, out]."""
-    rows = max(1, BLOCK_WEIGHTS // weight.columns)
-    out = torch.empty(x.shape[0], weight.out_features)
-    block = torch.empty(rows, weight.columns)
-    kernel = _exact_dequantize(weight.rows)
-    for start in range(0, weight.out_features, rows):
-        stop = min(start + rows, weight.out_features)
+    kind = weight.kind
+    rows = max(1, BLOCK_WEIGHTS // kind.columns)
+    out = torch.empty(x.shape[0], kind.out_features)
+    block = torch.empty(rows, kind.columns)
+    kernel = _exact_dequantize(kind.rows)
+    for start in range(0, kind.out_features, rows):
+        stop = min(start + rows, kind.out_features)
         _run_exact(kernel, weight, x, block, start, stop)
         out[:, start:stop] = dense_linear(x, block[: stop - start])
     return out
@@ -133,18 +137,19 @@ def _run_exact(
     kernel: Any, weight: CpuWeight, x: Tensor, out: Tensor, start: int, stop: int
 ) -> None:
     """Run an exact kernel on rows [start, stop)."""
-    arguments = (
+    kind = weight.kind
+    get_openmp().run(
+        kernel,
         x.data_ptr(),
         out.data_ptr(),
-        weight.out_features,
-        weight.columns,
-        weight.groups,
-        weight.group_size // weight.rows.step,
+        kind.out_features,
+        kind.columns,
+        kind.groups,
+        kind.group_size // kind.rows.step,
         start,
         stop,
         *weight.addresses,
     )
-    get_openmp().run(kernel, arguments)
 
 
 def _tile(count: int) -> int:

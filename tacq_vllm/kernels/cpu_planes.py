@@ -3,6 +3,7 @@
 Codes of 256 columns, shifted and masked where they are, make four vectors of 64 bytes.
 """
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -32,7 +33,7 @@ from tacq_vllm.kernels.cpu_ir import (
     splat,
     to_float,
 )
-from tacq_vllm.kernels.cpu_rows import CpuWeight, Load
+from tacq_vllm.kernels.cpu_rows import CpuWeight, Load, WeightKind
 
 _SET = 256
 """Columns of a set."""
@@ -41,20 +42,25 @@ _SET = 256
 def planes_weight(packed: PackedLinear) -> CpuWeight:
     """The weight as the kernels take it; x has in_features columns."""
     high, zeros_high = packed.qweight_high, packed.qzeros_high
+    scales = packed.scales
+    shape = packed.out_features, packed.in_features, scales.shape[1]
     return CpuWeight(
-        PlaneRows(packed.bits, packed.scales.dtype),
+        _kind(packed.bits, scales.dtype, *shape),
         (
             packed.qweight.data_ptr(),
             0 if high is None else high.data_ptr(),
-            packed.scales.data_ptr(),
+            scales.data_ptr(),
             packed.qzeros.data_ptr(),
             0 if zeros_high is None else zeros_high.data_ptr(),
             packed.outliers.data_ptr(),
         ),
-        packed.out_features,
-        packed.in_features,
-        packed.scales.shape[1],
     )
+
+
+@functools.cache
+def _kind(bits: int, dtype: torch.dtype, *shape: int) -> WeightKind:
+    """Weights of a shape: rows, columns, groups."""
+    return WeightKind(PlaneRows(bits, dtype), *shape)
 
 
 @dataclass(frozen=True)

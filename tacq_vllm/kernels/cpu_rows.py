@@ -6,7 +6,7 @@ A layout of codes is a kind of `Rows`. Kept weights are in all of them the same.
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from llvmlite import ir
@@ -99,12 +99,14 @@ class Rows(Hashable, Protocol):
         """Codes less a zero-point, of a step of columns: `LANES` neighbours each."""
 
 
-@dataclass(frozen=True)
-class CpuWeight:
-    """A weight as the CPU kernels take it."""
+@dataclass(frozen=True, eq=False)
+class WeightKind:
+    """How weights are stored, and how large they are.
+
+    There is one object for all that are alike, by which calls find what they share.
+    """
 
     rows: Rows
-    addresses: tuple[int, ...]
     out_features: int
     columns: int
     """Columns that are stored: x has as many, zeros where the weight has none."""
@@ -114,6 +116,13 @@ class CpuWeight:
     def group_size(self) -> int:
         """Columns that share a scale."""
         return self.columns // self.groups
+
+
+class CpuWeight(NamedTuple):
+    """A weight as the CPU kernels take it."""
+
+    kind: WeightKind
+    addresses: tuple[int, ...]
 
 
 @contextmanager

@@ -5,7 +5,6 @@ No second pool competes with PyTorch's for the cores.
 
 import ctypes
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,9 @@ class OpenMP:
             function.argtypes = ()
             function.restype = ctypes.c_int32
 
-    def run(self, kernel: Any, arguments: Iterable[int]) -> None:
+    def run(self, kernel: Any, *arguments: int) -> None:
         """Call a compiled kernel in as many threads as PyTorch uses."""
-        values = tuple(arguments)
-        stored = (ctypes.c_int64 * len(values))(*values)
+        stored = (ctypes.c_int64 * len(arguments))(*arguments)
         threads = torch.get_num_threads()
         self._parallel(kernel.address, ctypes.addressof(stored), threads, 0)
 

@@ -140,7 +140,7 @@ def test_what_8_bits_hold_is_multiplied_exactly(
     linear, dense = random_clustered(37, *columns, 0.02, torch.bfloat16, 1)
     weight = clusters_weight(linear)
     generator = torch.Generator().manual_seed(tokens)
-    x = torch.zeros(tokens, weight.columns)
+    x = torch.zeros(tokens, weight.kind.columns)
     x[:, : columns[0]] = torch.randint(
         -127, 128, (tokens, columns[0]), generator=generator
     )
