@@ -1,6 +1,6 @@
-"""Compile every Triton kernel for a GPU that need not be there.
+"""Compile the Triton kernels for a GPU that need not be there.
 
-python tests/kernels/compile_triton.py 90
+python tests/kernels/compile_triton.py 90 2,3,4
 """
 
 import sys
@@ -130,10 +130,11 @@ def compile_kernel(
 
 
 def main() -> None:
-    """Compile for the compute capability that is the argument."""
+    """Compile for a compute capability, of planes those for some bits."""
     capability = int(sys.argv[1])
     target, tuning = GPUTarget("cuda", capability, 32), tuning_for(f"sm{capability}")
-    for bits, x in ((2, "*bf16"), (3, "*bf16"), (4, "*fp16")):
+    for bits in map(int, sys.argv[2].split(",")):
+        x = "*fp16" if bits == 4 else "*bf16"
         for kernels in (plane_kernels, tile_kernels):
             for kernel, tile, constants in kernels(tuning, bits, x):
                 compile_kernel(kernel, tile, constants, x, target)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -51,7 +51,6 @@ def multiply(
     with_bias=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=40)
 def test_any_shape(
     bits: int,
     out_features: int,
@@ -82,7 +81,7 @@ def test_uneven_outliers(bits: int, density: float, rows: slice) -> None:
         bits, 37, 512, 64, density, torch.bfloat16, 1, outlier_rows=rows
     )
 
-    for tokens in EVERY_WAY:
+    for tokens in (1, 17):
         x = random_input(tokens, 512, dtype=torch.bfloat16)
         assert_is_product(multiply(x, packed), x, dense)
 
