@@ -5,7 +5,6 @@ fields in each, another their indices. From these come three vectors of codes, o
 each place in a cluster, with 4 added so that they have no sign.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -34,7 +33,7 @@ from tacq_vllm.kernels.cpu_ir import (
     shift_words,
     to_float,
 )
-from tacq_vllm.kernels.cpu_rows import CpuWeight, Load, WeightKind
+from tacq_vllm.kernels.cpu_rows import CpuWeight, Load, weight_kind
 
 _SET_BLOCKS = 2
 
@@ -47,19 +46,13 @@ def clusters_weight(linear: ClusteredLinear) -> CpuWeight:
     columns = linear.qweight.shape[1] // BLOCK_WORDS * BLOCK
     shape = linear.out_features, columns, linear.scales.shape[1]
     return CpuWeight(
-        _kind(linear.scales.dtype, *shape),
+        weight_kind(ClusterRows, (linear.scales.dtype,), *shape),
         (
             linear.qweight.data_ptr(),
             linear.scales.data_ptr(),
             linear.outliers.data_ptr(),
         ),
     )
-
-
-@functools.cache
-def _kind(dtype: torch.dtype, *shape: int) -> WeightKind:
-    """Weights of a shape: rows, columns, groups."""
-    return WeightKind(ClusterRows(dtype), *shape)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 Codes of 256 columns, shifted and masked where they are, make four vectors of 64 bytes.
 """
 
-import functools
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -33,7 +32,7 @@ from tacq_vllm.kernels.cpu_ir import (
     splat,
     to_float,
 )
-from tacq_vllm.kernels.cpu_rows import CpuWeight, Load, WeightKind
+from tacq_vllm.kernels.cpu_rows import CpuWeight, Load, weight_kind
 
 _SET = 256
 """Columns of a set."""
@@ -45,7 +44,7 @@ def planes_weight(packed: PackedLinear) -> CpuWeight:
     scales = packed.scales
     shape = packed.out_features, packed.in_features, scales.shape[1]
     return CpuWeight(
-        _kind(packed.bits, scales.dtype, *shape),
+        weight_kind(PlaneRows, (packed.bits, scales.dtype), *shape),
         (
             packed.qweight.data_ptr(),
             0 if high is None else high.data_ptr(),
@@ -55,12 +54,6 @@ def planes_weight(packed: PackedLinear) -> CpuWeight:
             packed.outliers.data_ptr(),
         ),
     )
-
-
-@functools.cache
-def _kind(bits: int, dtype: torch.dtype, *shape: int) -> WeightKind:
-    """Weights of a shape: rows, columns, groups."""
-    return WeightKind(PlaneRows(bits, dtype), *shape)
 
 
 @dataclass(frozen=True)

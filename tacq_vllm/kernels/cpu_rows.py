@@ -3,6 +3,7 @@
 A layout of codes is a kind of `Rows`. Kept weights are in all of them the same.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,10 +102,7 @@ class Rows(Hashable, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class WeightKind:
-    """How weights are stored, and how large they are.
-
-    There is one object for all that are alike, by which calls find what they share.
-    """
+    """How weights are stored, and how large they are; `weight_kind` makes it."""
 
     rows: Rows
     out_features: int
@@ -116,6 +114,26 @@ class WeightKind:
     def group_size(self) -> int:
         """Columns that share a scale."""
         return self.columns // self.groups
+
+
+@functools.cache
+def weight_kind(
+    stored: Callable[..., Rows],
+    details: tuple[Any, ...],
+    out_features: int,
+    columns: int,
+    groups: int,
+) -> WeightKind:
+    """The one object for weights that are alike, by which calls find what they share.
+
+    Args:
+        stored: the kind of `Rows`.
+        details: what that is made of.
+        out_features: rows of the weight.
+        columns: that are stored.
+        groups: of a row.
+    """
+    return WeightKind(stored(*details), out_features, columns, groups)
 
 
 class CpuWeight(NamedTuple):

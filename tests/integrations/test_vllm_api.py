@@ -75,7 +75,9 @@ def model_name(served: OpenAI) -> str:
     return served.models.list().data[0].id
 
 
-def complete(served: OpenAI, model_name: str, prompt: str, **options: Any) -> Any:
+def complete(
+    served: OpenAI, model_name: str, prompt: str | list[str], **options: Any
+) -> Any:
     options = {"max_tokens": NEW_TOKENS, "temperature": 0} | options
     return served.completions.create(model=model_name, prompt=prompt, **options)
 
@@ -103,10 +105,7 @@ def test_three_readings_of_one_checkpoint_agree(
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     packed = greedy_texts(model, tokenizer)
     dequantized = greedy_texts(model.dequantize(), tokenizer)
-    answer = served.completions.create(
-        model=model_name, prompt=PROMPTS, max_tokens=NEW_TOKENS, temperature=0
-    )
-    vllm = [choice.text for choice in answer.choices]
+    vllm = [choice.text for choice in complete(served, model_name, PROMPTS).choices]
     assert packed == dequantized
     assert vllm == dequantized
     # The model must say something: one token over and over would agree too.
