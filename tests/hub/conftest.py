@@ -4,15 +4,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.builders import save_sharded
+from tests.hub.processes import Finished, run
 from tests.hub_server import TOKEN, Hub
 
 _COMMANDS = """
@@ -36,14 +34,7 @@ _CLIENT_LOG = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    exit_code: int
-    stdout: str
-    stderr: str
-
-
-Tacq = Callable[..., list[Outcome]]
+Tacq = Callable[..., list[Finished]]
 
 
 @pytest.fixture(scope="session")
@@ -70,33 +61,25 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 def tacq(environment: dict[str, str]) -> Tacq:
     """Run commands one after the other in a process, which imports the client anew."""
 
-    def run(*commands: list[str | Path], **variables: str) -> list[Outcome]:
+    def tacq(*commands: list[str | Path], **variables: str) -> list[Finished]:
         arguments = [[str(part) for part in command] for command in commands]
         result = run_python(_COMMANDS, environment | variables, json.dumps(arguments))
         log = result.stderr.splitlines()
         assert [line for line in log if not _CLIENT_LOG.search(line)] == []
-        return [Outcome(*outcome) for outcome in json.loads(result.stdout)]
+        return [Finished(*outcome) for outcome in json.loads(result.stdout)]
 
-    return run
+    return tacq
 
 
-def run_python(
-    code: str, environment: dict[str, str], *arguments: str
-) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, environment: dict[str, str], *arguments: str) -> Finished:
     """Run code in a process, which must not fail or tell the token."""
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    result = run(code, environment, *arguments)
+    assert result.exit_code == 0, result.stderr
     assert TOKEN not in result.stdout + result.stderr
     return result
 
 
-def assert_one_line(outcome: Outcome, reason: str) -> None:
+def assert_one_line(outcome: Finished, reason: str) -> None:
     """Exit code 2, one line that says what is wrong, and nothing else."""
     assert outcome.exit_code == 2
     assert outcome.stdout == ""

@@ -217,7 +217,7 @@ def test_200_chats_in_the_benchmark_of_vllm(
 ) -> None:
     lines = CHAT_PROMPTS.read_text().splitlines()
     prompts = [json.loads(line)["turns"][0] for line in lines]
-    short = [prompt for prompt in prompts if len(prompt) < 400][:200]
+    short = sorted(prompts, key=len)[:200]
     dataset = tmp_path / "prompts.jsonl"
     dataset.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in short))
     command = [VLLM, "bench", "serve", "--base-url", str(served.base_url)[:-4]]

@@ -1,10 +1,14 @@
 """Compile the Triton kernels for a GPU that need not be there.
 
-python tests/kernels/compile_triton.py 90 2,3,4
+    python tests/kernels/compile_triton.py 90 2,3,4
+    python tests/kernels/compile_triton.py 80 3 --largest
+
+The largest of a kernel's tiles is the one that takes the most shared memory.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -131,14 +135,21 @@ def compile_kernel(
 
 def main() -> None:
     """Compile for a compute capability, of planes those for some bits."""
-    capability = int(sys.argv[1])
-    target, tuning = GPUTarget("cuda", capability, 32), tuning_for(f"sm{capability}")
-    for bits in map(int, sys.argv[2].split(",")):
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("capability", type=int)
+    parser.add_argument("bits")
+    parser.add_argument("--largest", action="store_true", help="of each kernel")
+    given = parser.parse_args()
+    target = GPUTarget("cuda", given.capability, 32)
+    tuning = tuning_for(f"sm{given.capability}")
+    if given.largest:
+        tuning = replace(tuning, gemm=tuning.gemm[-1:], tile_gemm=tuning.tile_gemm[-1:])
+    for bits in map(int, given.bits.split(",")):
         x = "*fp16" if bits == 4 else "*bf16"
         for kernels in (plane_kernels, tile_kernels):
             for kernel, tile, constants in kernels(tuning, bits, x):
                 compile_kernel(kernel, tile, constants, x, target)
-    for x in ("*bf16", "*fp32"):
+    for x in ("*fp32",) if given.largest else ("*bf16", "*fp32"):
         for kernel, tile, constants in cluster_kernels(tuning):
             compile_kernel(kernel, tile, constants, x, target)
 

@@ -17,7 +17,7 @@ from tacq_vllm.kernels.tiles import ROWS, TiledLinear, can_tile, tile
 from tests.builders import assert_is_product, random_input, random_linear
 from tests.clusters import random_clustered
 from tests.interpreter import DEVICE
-from tests.kernels.cases import uneven_outliers
+from tests.kernels.cases import some_outliers
 from tests.kernels.gpu import kernel, to_device
 
 BITS = [2, 3, 4]
@@ -75,7 +75,7 @@ def test_any_shape(
 
 
 @pytest.mark.parametrize("bits", BITS)
-@uneven_outliers
+@some_outliers
 def test_uneven_outliers(bits: int, density: float, rows: slice) -> None:
     packed, dense = random_linear(
         bits, 37, 512, 64, density, torch.bfloat16, 1, outlier_rows=rows
@@ -84,6 +84,13 @@ def test_uneven_outliers(bits: int, density: float, rows: slice) -> None:
     for tokens in (1, 17):
         x = random_input(tokens, 512, dtype=torch.bfloat16)
         assert_is_product(multiply(x, packed), x, dense)
+
+
+def test_all_weights_are_kept() -> None:
+    packed, dense = random_linear(3, 37, 512, 64, 1.0, torch.bfloat16, 1)
+    x = random_input(17, 512, dtype=torch.bfloat16)
+
+    assert_is_product(multiply(x, packed), x, dense)
 
 
 @pytest.mark.parametrize("bits", BITS)
