@@ -4,13 +4,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.builders import save_sharded
-from tests.hub.processes import Finished, run
+from tests.hub.processes import Finished, hub_processes
 from tests.hub_server import TOKEN, Hub
 
 _COMMANDS = """
@@ -34,7 +34,22 @@ _CLIENT_LOG = re.compile(
 )
 
 
+RunPython = Callable[..., Finished]
 Tacq = Callable[..., list[Finished]]
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Iterator[RunPython]:
+    """Run code in a process, which must not fail or tell the token."""
+    with hub_processes() as processes:
+
+        def run(code: str, environment: dict[str, str], *arguments: str) -> Finished:
+            result = processes.run(code, environment, *arguments)
+            assert result.exit_code == 0, result.stderr
+            assert TOKEN not in result.stdout + result.stderr
+            return result
+
+        yield run
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +73,7 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def tacq(environment: dict[str, str]) -> Tacq:
+def tacq(run_python: RunPython, environment: dict[str, str]) -> Tacq:
     """Run commands one after the other in a process, which imports the client anew."""
 
     def tacq(*commands: list[str | Path], **variables: str) -> list[Finished]:
@@ -69,14 +84,6 @@ def tacq(environment: dict[str, str]) -> Tacq:
         return [Finished(*outcome) for outcome in json.loads(result.stdout)]
 
     return tacq
-
-
-def run_python(code: str, environment: dict[str, str], *arguments: str) -> Finished:
-    """Run code in a process, which must not fail or tell the token."""
-    result = run(code, environment, *arguments)
-    assert result.exit_code == 0, result.stderr
-    assert TOKEN not in result.stdout + result.stderr
-    return result
 
 
 def assert_one_line(outcome: Finished, reason: str) -> None:

@@ -1,20 +1,28 @@
-"""Processes that read their environment anew, but have imported most of what is slow.
+"""Processes that import the Hub's client anew, but little else that takes long.
 
-The Hub's client takes its settings from the environment when it is imported. These
-processes are forks of one that has imported what takes seconds and is not the client.
+The client reads its settings from the environment when it is imported. A program, this
+module, imports the rest once, and forks a process for each request, a line of JSON.
 """
 
+import importlib
+import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed.tensor", "sklearn.metrics", "numba"]
-)
+_ROOT = Path(__file__).parents[2]
+_SLOW_IMPORTS = [
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "sklearn.metrics",
+    "numba",
+]
 
 
 @dataclass(frozen=True)
@@ -26,29 +34,67 @@ class Finished:
     stderr: str
 
 
-def run(code: str, environment: dict[str, str], *arguments: str) -> Finished:
-    """Run code to its end."""
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = _FORKS.Process(
-            target=_execute, args=(code, environment, arguments, outputs)
-        )
-        process.start()
-        process.join()
-        assert process.exitcode is not None
-        return Finished(process.exitcode, *(output.read_text() for output in outputs))
+class Processes:
+    """The program that makes them."""
+
+    def __init__(self, program: "subprocess.Popen[str]") -> None:
+        self._program = program
+
+    def run(self, code: str, environment: dict[str, str], *arguments: str) -> Finished:
+        """Run code to its end."""
+        assert self._program.stdin is not None
+        assert self._program.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+            request = {
+                "code": code,
+                "environment": environment,
+                "arguments": arguments,
+                "outputs": [str(output) for output in outputs],
+            }
+            self._program.stdin.write(json.dumps(request) + "\n")
+            self._program.stdin.flush()
+            exit_code = int(self._program.stdout.readline())
+            return Finished(exit_code, *(output.read_text() for output in outputs))
+
+
+@contextmanager
+def hub_processes() -> Iterator[Processes]:
+    """Start the program; it ends with the body."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.hub.processes"],
+        cwd=_ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as program:
+        yield Processes(program)
 
 
 def _execute(
-    code: str,
-    environment: dict[str, str],
-    arguments: tuple[str, ...],
-    outputs: list[Path],
+    code: str, environment: dict[str, str], arguments: list[str], outputs: list[str]
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
     for stream, output in enumerate(outputs, start=1):
-        with output.open("wb") as file:
+        with open(output, "wb") as file:
             os.dup2(file.fileno(), stream)
     sys.argv = ["-c", *arguments]
     exec(code, {"__name__": "__main__"})
+
+
+def main() -> None:
+    """Answer each request with the exit code of its process."""
+    for name in _SLOW_IMPORTS:
+        importlib.import_module(name)
+    assert "huggingface_hub" not in sys.modules
+    fork = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        process = fork.Process(target=_execute, kwargs=json.loads(line))
+        process.start()
+        process.join()
+        print(process.exitcode, flush=True)
+
+
+if __name__ == "__main__":
+    main()

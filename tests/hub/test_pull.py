@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tacq_vllm.format.checkpoint import INDEX_NAME
-from tests.hub.conftest import Tacq, assert_one_line, run_python
+from tests.hub.conftest import RunPython, Tacq, assert_one_line
 from tests.hub_server import Hub
 
 LOGITS = """
@@ -37,7 +37,12 @@ for name in sys.argv[1:]:
 
 
 @pytest.fixture(scope="module")
-def pushed(hub: Hub, sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def pushed(
+    run_python: RunPython,
+    hub: Hub,
+    sharded: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
     """Id of a repo that holds the sharded checkpoint."""
     home = tmp_path_factory.mktemp("pusher")
     code = "from tacq_vllm.cli import main; main()"
@@ -173,7 +178,11 @@ def test_a_hub_that_is_not_there(tacq: Tacq) -> None:
 
 
 def test_transformers_computes_the_same(
-    hub: Hub, environment: dict[str, str], pushed: str, sharded: Path
+    run_python: RunPython,
+    hub: Hub,
+    environment: dict[str, str],
+    pushed: str,
+    sharded: Path,
 ) -> None:
     """Also from the cache alone."""
     online = run_python(LOGITS, environment, str(sharded), pushed)
@@ -188,7 +197,7 @@ def test_transformers_computes_the_same(
 
 
 def test_transformers_names_what_is_not_there(
-    hub: Hub, environment: dict[str, str], pushed: str
+    run_python: RunPython, hub: Hub, environment: dict[str, str], pushed: str
 ) -> None:
     hub.add("org/hidden", {"config.json": b"{}"}, private=True)
     names = ["org/hidden", "org/nowhere", f"{pushed}@v9"]

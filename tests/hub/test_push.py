@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from tacq_vllm.format.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from tacq_vllm.hub.merge import BEGIN, CARD_NAME
 from tests.builders import truncate
-from tests.hub.conftest import Tacq, assert_one_line, run_python
+from tests.hub.conftest import RunPython, Tacq, assert_one_line
 from tests.hub_server import TOKEN, Hub
 
 TACQ = Path(sys.executable).with_name("tacq")
@@ -326,7 +326,7 @@ def test_a_hub_without_xet(hub: Hub, tacq: Tacq, sharded: Path) -> None:
 
 
 def test_a_card_that_is_edited_meanwhile(
-    hub: Hub, environment: dict[str, str], sharded: Path
+    run_python: RunPython, hub: Hub, environment: dict[str, str], sharded: Path
 ) -> None:
     hub.add("org/raced", {CARD_NAME: b"Of a person."})
 
