@@ -15,7 +15,7 @@ from tacq_vllm.kernels.triton_codes import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gemm_kernel(
     x_ptr,
     qweight_ptr,

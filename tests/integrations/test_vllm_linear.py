@@ -1,5 +1,7 @@
 """Loading into vLLM's linears, on every rank of a mocked tensor-parallel group."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_utils import (
     initialize_single_dummy_weight,
 )
@@ -309,6 +312,68 @@ def test_resident_bytes_are_those_stored(bits, group_size):
     stored = sum(t.nbytes for p in packed.values() for t in p.tensors().values())
     # Fusing saves the second table's first row offset.
     assert resident == stored - 4
+
+
+def recorded_layer(load_format):
+    """A linear as vLLM keeps it for reloading, and what is stored of it."""
+    load_config = LoadConfig(load_format=load_format)
+    with set_current_vllm_config(VllmConfig(load_config=load_config)):
+        config, packed, dense = stored_linears({"down_proj": (64, 512)}, 3, 64)
+        layer = vllm_linear.RowParallelLinear(
+            512, 64, bias=False, quant_config=config, prefix="down_proj"
+        )
+        layerwise.record_metadata_for_reloading(layer)
+    return layer, packed["down_proj"], dense["down_proj"]
+
+
+def reload(layer, packed, without=None):
+    layerwise.initialize_layerwise_reload(layer)
+    for name, tensor in packed.tensors().items():
+        if name != without:
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, tensor)
+    model_config = SimpleNamespace(dtype=torch.float32)
+    layerwise.finalize_layerwise_reload(layer, model_config)
+
+
+def test_weights_that_come_after_a_dummy_start():
+    layer, packed, dense = recorded_layer("dummy")
+    for tensor in layer.state_dict().values():
+        initialize_single_dummy_weight(tensor)
+    layer.quant_method.process_weights_after_loading(layer)
+
+    reload(layer, packed)
+
+    weight = dequantize(layer.quant_method._packed(layer), torch.float64)
+    assert torch.equal(weight, dense)
+
+
+@pytest.mark.parametrize("name", ["qweight", "scales", "outliers"])
+def test_a_tensor_that_is_missing_on_reload(name):
+    layer, packed, _ = recorded_layer("auto")
+    load(layer, packed, None)
+    layer.quant_method.process_weights_after_loading(layer)
+
+    with pytest.raises(Exception, match=f"1 of 1 parts of {name} are missing"):
+        reload(layer, packed, without=name)
+
+
+def test_names_follow_a_model_in_a_model():
+    """As Gemma 3's: vLLM asks for the outer one, then for the inner one."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config, _, _ = stored_linears(GATE_UP, 3, 32)
+    outer = WeightsMapper(orig_to_new_prefix={"mlp.": "language_model.mlp."})
+    config.apply_vllm_mapper(outer)
+    config.apply_vllm_mapper(WeightsMapper())
+    layer = vllm_linear.MergedColumnParallelLinear(
+        64,
+        [128, 128],
+        bias=False,
+        quant_config=config,
+        prefix="language_model.mlp.gate_up_proj",
+    )
+    assert layer.quant_method.names == list(GATE_UP)
 
 
 def test_names_follow_a_model_that_renames_its_modules():

@@ -101,11 +101,11 @@ class TacqConfig(QuantizationConfig):
                 refuse(error)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Follow a model that renames its modules; always from the stored names."""
-        self._stored_names = {
+        """Follow a model that renames its modules, and then a model in it that does."""
+        self._stored_names |= {
             mapped: stored
-            for stored in self.schema.linears
-            for mapped in hf_to_vllm_mapper.apply_list([stored])
+            for name, stored in self._stored_names.items()
+            for mapped in hf_to_vllm_mapper.apply_list([name])
         }
 
     def get_quant_method(

@@ -59,6 +59,7 @@ class TacqLinearMethod(LinearMethodBase):
         self.schema = schema
         self.layout = layout_of(schema)
         self.arranged_layout: Layout | TiledLayout = self.layout
+        self.arranged_shapes: dict[str, torch.Size] = {}
         self.names = names
         self.files = files
         self.summary = summary
@@ -150,18 +151,28 @@ class TacqLinearMethod(LinearMethodBase):
         outliers = getattr(layer, "outliers", None)
         if not isinstance(outliers, OutlierParameter):
             return
-        if self.is_dummy_load:
+        if self.is_dummy_load and not outliers.loaded_shards:
             table = outliers.dummy()
         else:
             self._check_loaded(layer)
             self._check_scales(layer.scales.data)
             table = outliers.merged()
+        for name in tensor_names(self.schema):
+            # A reload begins with copies of the parameters, which share it.
+            getattr(layer, name).loaded_shards.clear()
         layer.outliers = Parameter(table, requires_grad=False)
         packed = self._packed(layer)
         fault = check_range(packed, self.x_dtype)
         if fault:
             refuse(f"{', '.join(self.names)}: {fault}")
         arranged = arrange(packed, self.x_dtype)
+        shapes = {name: t.shape for name, t in arranged.tensors().items()}
+        if self.arranged_shapes not in ({}, shapes):
+            refuse(
+                f"{', '.join(self.names)}: its kept weights lie so that they take "
+                "other memory than those that it was started with: start anew"
+            )
+        self.arranged_shapes = shapes
         if arranged is not packed:
             for name in packed.tensors():
                 delattr(layer, name)
