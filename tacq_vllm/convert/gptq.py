@@ -24,6 +24,7 @@ from tacq_vllm.convert.layout import (
 )
 from tacq_vllm.format.packing import WORD_BITS
 from tacq_vllm.format.schema import num_groups
+from tacq_vllm.quantize.errors import QuantizeError
 
 _ONES = {2: 0x55555555, 4: 0x11111111}
 """A one in each field of a word."""
@@ -38,6 +39,7 @@ class GptqLayout(BaseModel):
 
     bits: Bits
     group_size: GroupSize
+    sym: bool = False
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     is_marlin_format: Literal[False] = False
     pack_dtype: Literal["int32"] = "int32"
@@ -75,8 +77,22 @@ class GptqLayout(BaseModel):
         check_column_order("g_idx", tensors.get("g_idx"), groups)
         run = 3 if self.bits == 3 else 1
         codes = unpack_fields(tensors["qweight"], self.bits, in_features, 0, run)
-        zeros = self._unpack_zeros(tensors["qzeros"], out_features, run)
+        zeros = self._zeros(tensors["qzeros"], out_features, run)
         return SourceLinear(codes.T, zeros.T, tensors["scales"].T)
+
+    def _zeros(self, words: Tensor, out_features: int, run: int) -> Tensor:
+        zeros = self._unpack_zeros(words, out_features, run)
+        middle = 2 ** (self.bits - 1)
+        if not self.sym or bool((zeros == middle).all()):
+            return zeros
+        # Some writers call `gptq` what they store as `gptq_v2` does.
+        stored = unpack_fields(words, self.bits, out_features, 1, run)
+        if bool((stored == middle).all()):
+            return stored
+        raise QuantizeError(
+            f"qzeros: not {middle} everywhere, as those of a symmetric (`sym`) "
+            "checkpoint are; some versions of GPTQModel wrote those of 3 bits wrongly"
+        )
 
     def _unpack_zeros(self, words: Tensor, out_features: int, run: int) -> Tensor:
         if self.checkpoint_format == "gptq_v2":

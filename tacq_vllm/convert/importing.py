@@ -21,8 +21,9 @@ from tacq_vllm.format.checkpoint import CheckpointWriter
 from tacq_vllm.format.inspection import inspect_weights
 from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import select_outliers
-from tacq_vllm.format.schema import DEFAULT_CIRCUIT, QuantizationSchema
+from tacq_vllm.format.schema import DEFAULT_CIRCUIT, FormatError, QuantizationSchema
 from tacq_vllm.format.staging import staged_folder
+from tacq_vllm.format.validation import check_headers
 from tacq_vllm.format.values import check_linear
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
@@ -92,6 +93,10 @@ def import_checkpoint(
         _write_card(folder, schema)
         block = schema.model_dump(mode="json")
         write_config(folder, source.config | {"quantization_config": block})
+        try:
+            check_headers(folder, schema)
+        except FormatError as error:
+            raise QuantizeError(f"{checkpoint}: not a whole model: {error}") from error
 
 
 def _check_ratio(base: str | None, ratio: float | None) -> float:

@@ -196,6 +196,21 @@ def test_biases_of_zeros_that_the_model_does_not_have(
         import_checkpoint(str(gptq_copy), tmp_path / "other", Progress())
 
 
+def test_symmetric_zero_points_as_they_are_under_the_name_of_the_others(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Some writers call `gptq` what is `gptq_v2`; symmetric ones tell which it is."""
+    source = save_gptq(tiny_model, tmp_path / "gptq", 4, 32, sym=True, version=2)
+    rewrite_block(tmp_path / "gptq", checkpoint_format="gptq")
+
+    import_checkpoint(str(tmp_path / "gptq"), tmp_path / "tacq", Progress())
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tacq", dtype=torch.float32)
+    for name, linear in block_linears(source):
+        weight = model.get_submodule(name).dequantize(torch.float32)
+        assert torch.equal(weight, linear.weight)
+
+
 def of_tensors(change: Change) -> Callable[[Path], None]:
     return lambda path: rewrite_tensors(path, change)
 
@@ -253,6 +268,14 @@ def swap_columns(order: Tensor) -> Tensor:
                 lambda t: t.update({f"{LINEAR}.weight": t.pop(f"{LINEAR}.qweight")})
             ),
             f"{LINEAR}: is not quantized, and others that engines fuse it with are",
+        ),
+        (
+            of_tensors(replace(f"{LINEAR}.qzeros", put(0, 1))),
+            f"{LINEAR}.qzeros: not 8 everywhere, as those of a symmetric",
+        ),
+        (
+            of_tensors(remove("model.norm.weight")),
+            "gptq: not a whole model: model.safetensors: model.norm.weight: the tensor",
         ),
         (of_block(bits=8), "quantization: bits: Input should be 2, 3 or 4"),
         (of_block(bits=3), "qweight: is torch.int32 [8, 64], not torch.int32 [6, 64]"),
