@@ -12,13 +12,12 @@ from huggingface_hub import HfApi, HfFileSystem, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from tacq_vllm.format.checkpoint import CONFIG_NAME, INDEX_NAME
+from tacq_vllm.format.json_object import MAX_BYTES
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.hub.errors import HubError, hub_errors
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PARTS = (CONFIG_NAME, INDEX_NAME, "*.safetensors")
-_MAX_HEADER_BYTES = 100_000_000
-"""What safetensors itself reads at most."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -104,10 +103,11 @@ def _fetch_headers(repo_id: str, revision: str | None, folder: Path) -> Path:
         address = f"{repo_id}@{info.sha}/{name}"
         with files.open(address, cache_type="none") as source:
             if not name.endswith(".safetensors"):
-                (folder / name).write_bytes(source.read())
+                # Of a larger one it will be said that it is.
+                (folder / name).write_bytes(source.read(min(size, MAX_BYTES + 1)))
                 continue
             start = source.read(min(8, size))
-            length = min(int.from_bytes(start, "little"), _MAX_HEADER_BYTES)
+            length = min(int.from_bytes(start, "little"), MAX_BYTES)
             header = source.read(min(length, size - len(start)))
         (folder / name).write_bytes(start + header)
         os.truncate(folder / name, size)

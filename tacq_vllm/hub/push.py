@@ -78,21 +78,25 @@ def plan_push(folder: Path, repo_id: str, private: bool, revision: str | None) -
         if info is not None and CARD_NAME in names:
             path = hf_hub_download(repo_id, CARD_NAME, revision=info.sha)
             published = read_card(Path(path), f"{repo_id}/{CARD_NAME}")
+    files = _files(folder)
+    # An index that stayed behind would name shards that are not of this checkpoint.
+    others = [name for name in names if name not in files]
+    deleted = tuple(n for n in others if any(fnmatch(n, part) for part in _WEIGHTS))
+    for name in others:
+        if name not in deleted and fnmatch(name, "*.safetensors") and "/" not in name:
+            raise HubError(
+                f"{repo_id}: {name} there is a weight file that no reader would take "
+                "beside this checkpoint's; delete it, or push to another repo"
+            )
     local = NO_CARD
     if (folder / CARD_NAME).is_file():
         local = read_card(folder / CARD_NAME, str(folder / CARD_NAME))
-    files = _files(folder)
     return Push(
         repo_id=repo_id,
         branch=branch,
         files=files,
         card=update_model_card(folder, read_schema(folder), repo_id, local, published),
-        # An index that stayed behind would name shards that are not of this checkpoint.
-        deleted=tuple(
-            name
-            for name in names
-            if name not in files and any(fnmatch(name, weights) for weights in _WEIGHTS)
-        ),
+        deleted=deleted,
         parent=info.sha if info else None,
         makes_repo=info is None,
         makes_branch=makes_branch,

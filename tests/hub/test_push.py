@@ -258,6 +258,17 @@ def test_weight_files_of_an_earlier_push_go(
     assert [name for name in names if "safetensors" in name] == [WEIGHTS_NAME]
 
 
+def test_other_weight_files_are_not_kept_beside_ours(
+    hub: Hub, tacq: Tacq, sharded: Path
+) -> None:
+    before = hub.add("org/mixed", {"consolidated.safetensors": b"other"}).files()
+
+    (outcome,) = tacq(["push", sharded, "org/mixed"])
+
+    assert_one_line(outcome, "org/mixed: consolidated.safetensors there is a weight")
+    assert hub.repos["org/mixed"].files() == before
+
+
 def test_what_is_hidden_stays_here(hub: Hub, tacq: Tacq, copy: Path) -> None:
     (copy / ".cache").mkdir()
     (copy / ".cache" / "notes").write_text("private")
