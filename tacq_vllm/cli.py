@@ -235,13 +235,14 @@ def doctor(
     """Show versions, device and kernels; exit code 1 if anything is wrong."""
     with _one_line_errors():
         from tacq_vllm.doctor import examine, linear_kernels
+        from tacq_vllm.format.schema import printable
 
         findings = examine()
         kernels = linear_kernels(checkpoint) if checkpoint else {}
         for finding in findings:
             typer.echo(f"{finding.name:<16} {finding.value}")
         for name, kernel in kernels.items():
-            typer.echo(f"{name}: {kernel}")
+            typer.echo(f"{printable(name)}: {kernel}")
         faults = [fault for finding in findings for fault in finding.faults]
         for fault in faults:
             typer.echo(f"fault: {fault}")

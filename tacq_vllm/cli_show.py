@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from tacq_vllm.terminal import out
 
@@ -68,10 +69,12 @@ def inspection_json(figures: "Inspection") -> dict[str, object]:
 
 def print_inspection(figures: "Inspection") -> None:
     """A table of the linears, then bits and bytes."""
+    from tacq_vllm.format.schema import printable
+
     table = Table("linear", "shape", "outliers", "share %", "bytes", "bits")
     for linear in figures.linears:
         table.add_row(
-            linear.name,
+            Text(printable(linear.name)),
             f"{linear.out_features}x{linear.in_features}",
             f"{linear.outliers}",
             f"{100 * linear.outliers / linear.weights:.3f}",

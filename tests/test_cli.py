@@ -10,12 +10,14 @@ from time import perf_counter
 import pytest
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from tacq_vllm import __version__
 from tacq_vllm.cli import app
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME
 from tacq_vllm.format.inspection import inspect_checkpoint
+from tacq_vllm.format.json_object import read_json
 from tacq_vllm.quantize.progress import Progress as RunProgress
 from tacq_vllm.terminal import RichListener
 from tests.builders import (
@@ -93,6 +95,40 @@ def test_inspect_as_text(tiny_checkpoint: Path) -> None:
     assert "3 bits, a scale per 32 columns, bfloat16; 258 of 73,728" in result.stdout
     assert f"quantized linears {figures.linear_bytes:,} bytes" in result.stdout
     assert result.stdout.endswith("tensor-parallel sizes: 1\n")
+
+
+@pytest.mark.parametrize("command", ["inspect", "doctor"])
+def test_what_tensors_are_called_is_not_sent_to_the_terminal(
+    command: str, checkpoint_copy: Path
+) -> None:
+    """Nor is it markup, nor a number that is too long."""
+    config = read_json(checkpoint_copy / "config.json")
+    block = config["quantization_config"]
+    new = dict(
+        zip(
+            block["linears"],
+            ["m.\x1b[31mred\ntacq: fine", "m.[/nope]", f"m.{'9' * 5000}", "m.²"],
+            strict=False,
+        )
+    )
+    for names in (block["linears"], block["circuits"]["default"]):
+        for old, name in new.items():
+            names[name] = names.pop(old)
+    (checkpoint_copy / "config.json").write_text(json.dumps(config))
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for tensor in list(tensors):
+            linear, _, suffix = tensor.rpartition(".")
+            if linear in new:
+                tensors[f"{new[linear]}.{suffix}"] = tensors.pop(tensor)
+
+    rewrite_tensors(checkpoint_copy, rename)
+
+    result = tacq(command, checkpoint_copy)
+
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    assert "\ntacq:" not in result.output
 
 
 def test_inspect_as_json(tiny_checkpoint: Path) -> None:

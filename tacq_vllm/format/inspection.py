@@ -1,5 +1,6 @@
 """What a checkpoint holds and what it costs, counted from its files."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from tacq_vllm.format.layouts import stored_bytes
 from tacq_vllm.format.schema import FormatError, LayoutName, QuantizationSchema
 from tacq_vllm.format.simulated import AnySchema, SimulatedSchema
 from tacq_vllm.format.validation import header_faults, load_linear
+
+_BLOCK = re.compile(r"[0-9]{1,9}")
+"""A number in a module's name; strangers may write others."""
 
 
 @dataclass(frozen=True)
@@ -162,5 +166,6 @@ def _inspect_linear(schema: QuantizationSchema, name: str) -> LinearInfo:
 def _natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key under which block 9 comes before block 10."""
     return [
-        (int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")
+        (int(part), "") if _BLOCK.fullmatch(part) else (-1, part)
+        for part in name.split(".")
     ]

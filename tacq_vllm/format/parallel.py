@@ -4,13 +4,18 @@ from collections.abc import Iterator, Mapping
 
 from tacq_vllm.format.stored import Layout
 
-_FUSED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""Cut along `out`, and in one module with their neighbours: see `_row_parts`."""
+_FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that engines put into one module; cut along `out`: see `_row_parts`."""
 
 _FUSED_ON_DISK = ("qkv_proj", "gate_up_proj")
 
 _CUT_BY_COLUMNS = ("o_proj", "down_proj")
 """Cut along `in`: they take what the other linears of their block give."""
+
+
+def fused_with(leaf: str) -> tuple[str, ...]:
+    """All linears of the module that engines put a linear into, by last names."""
+    return next((group for group in _FUSED_GROUPS if leaf in group), (leaf,))
 
 
 def tensor_parallel_sizes(
@@ -33,7 +38,8 @@ def tensor_parallel_sizes(
         Ascending sizes, or None: how an engine cuts one of the linears is not known.
     """
     shapes = {(name.rpartition(".")[2], shape) for name, shape in linears.items()}
-    if any(leaf not in _FUSED + _FUSED_ON_DISK + _CUT_BY_COLUMNS for leaf, _ in shapes):
+    known = {*sum(_FUSED_GROUPS, ()), *_FUSED_ON_DISK, *_CUT_BY_COLUMNS}
+    if any(leaf not in known for leaf, _ in shapes):
         return None
     return tuple(
         size

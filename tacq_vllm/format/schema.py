@@ -208,7 +208,7 @@ def parse_schema(block: object) -> QuantizationSchema:
             "not a TaCQ checkpoint"
         )
     version = block.get("format_version")
-    if version not in FORMAT_VERSIONS.values():
+    if type(version) is not int or version not in FORMAT_VERSIONS.values():
         raise FormatError(
             f"config.json: format_version {version!r} is not known to this tacq-vllm, "
             f"which reads {' and '.join(map(str, FORMAT_VERSIONS.values()))}: install "

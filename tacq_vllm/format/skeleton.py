@@ -21,6 +21,8 @@ class Skeleton:
     """By name, those of linears as they are in 16 bits."""
     twins: dict[str, str]
     """Names that may be missing where the other is there: tied parameters."""
+    linears: frozenset[str]
+    """Names of the linears that can be quantized: not the one that gives logits."""
 
 
 def read_skeleton(folder: Path, num_tensors: int) -> Skeleton | None:
@@ -41,11 +43,15 @@ def read_skeleton(folder: Path, num_tensors: int) -> Skeleton | None:
     model_class = _model_class(content)
     if model_class is None:
         return None
+    # Some configurations hold a list of all blocks, of vision ones too.
+    for part in (content, *content.values()):
+        if isinstance(part, dict):
+            _check_blocks(part.get("num_hidden_layers"), num_tensors)
     return _build(folder, model_class, num_tensors)
 
 
 def _model_class(content: dict[str, Any]) -> Any:
-    """The class of Transformers that `architectures` names, or None."""
+    """The class that Transformers takes without a checkpoint's own code, or None."""
     import transformers
 
     kind = content.get("model_type", "")
@@ -54,13 +60,23 @@ def _model_class(content: dict[str, Any]) -> Any:
     if kind not in transformers.CONFIG_MAPPING:
         return None
     match content.get("architectures"):
-        case [str(name)] if "auto_map" not in content and name.isidentifier():
+        case [str(name)] if name.isidentifier():
             found = getattr(transformers, name, None)
             base = transformers.PreTrainedModel
-            return (
-                found if isinstance(found, type) and issubclass(found, base) else None
-            )
-    return None
+            if isinstance(found, type) and issubclass(found, base):
+                return found
+            if content.get("auto_map"):
+                return None
+    config_class = transformers.CONFIG_MAPPING[kind]
+    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
+
+
+def _check_blocks(blocks: object, num_tensors: int) -> None:
+    """Refuse a model that would take long to build for nothing."""
+    if isinstance(blocks, int) and blocks > num_tensors:
+        raise FormatError(
+            f"{CONFIG_NAME}: {blocks} blocks, but the files hold {num_tensors} tensors"
+        )
 
 
 def _build(folder: Path, model_class: Any, num_tensors: int) -> Skeleton | None:
@@ -70,21 +86,26 @@ def _build(folder: Path, model_class: Any, num_tensors: int) -> Skeleton | None:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        blocks = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if blocks <= num_tensors:
-            # Others may be code that is fetched.
-            config._attn_implementation = "eager"
-            with torch.device("meta"):
-                model = model_class(config)
+        _check_blocks(
+            getattr(config.get_text_config(), "num_hidden_layers", 0), num_tensors
+        )
+        # Others may be code that is fetched.
+        config._attn_implementation = "eager"
+        with torch.device("meta"):
+            model = model_class(config)
+    except FormatError:
+        raise
     # Nobody knows what a model's code raises for sizes that a stranger made up.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise FormatError(f"{CONFIG_NAME}: no model can be made: {reason}") from error
-    if blocks > num_tensors:
-        raise FormatError(
-            f"{CONFIG_NAME}: {blocks} blocks, but the files hold {num_tensors} tensors"
-        )
     if get_model_conversion_mapping(model, add_legacy=False):
         return None
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return Skeleton(shapes, dict(model.all_tied_weights_keys))
+    head = model.get_output_embeddings()
+    linears = frozenset(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )
+    return Skeleton(shapes, dict(model.all_tied_weights_keys), linears)

@@ -11,6 +11,7 @@ from pathlib import Path
 from tacq_vllm.format.checkpoint import CONFIG_NAME, CheckpointReader, read_schema
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.layouts import layout_of, linear_specs, tensor_names
+from tacq_vllm.format.parallel import fused_with
 from tacq_vllm.format.schema import FormatError, QuantizationSchema, printable
 from tacq_vllm.format.skeleton import Skeleton, read_skeleton
 from tacq_vllm.format.stored import StoredLinear
@@ -99,6 +100,14 @@ def header_faults(
                     f"{stored.file_name}: {name} is {stored.dtype_name} "
                     f"{list(stored.shape)}, not {spec.dtype} {list(spec.shape)}"
                 )
+        parent, _, leaf = linear.rpartition(".")
+        for other in fused_with(leaf):
+            sibling = f"{parent}.{other}"
+            if sibling not in schema.linears and f"{sibling}.weight" in reader:
+                yield (
+                    f"{CONFIG_NAME}: {sibling}: not quantized, but {linear}, with "
+                    "which it is fused, is"
+                )
     known = {*tensor_names(schema), "bias"}
     for name in reader:
         linear, _, suffix = name.rpartition(".")
@@ -148,7 +157,9 @@ def _model_faults(
 ) -> Iterator[str]:
     """Yield what the headers contradict in the model that config.json describes."""
     for name, (out_features, in_features) in schema.linears.items():
-        shape = skeleton.shapes.get(f"{name}.weight")
+        shape = None
+        if name in skeleton.linears:
+            shape = skeleton.shapes[f"{name}.weight"]
         if shape != (out_features, in_features):
             has = list(shape) if shape else "no such linear"
             yield (

@@ -17,11 +17,9 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from tacq_vllm.format.parallel import fused_with
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
-
-FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that share their input, and that serving engines fuse into one."""
 
 OnGroup = Callable[[dict[str, nn.Linear], Iterator[Tensor]], None]
 """Called with a group and its inputs, one per batch."""
@@ -110,8 +108,8 @@ def group_linears(linears: dict[str, nn.Linear]) -> list[dict[str, nn.Linear]]:
     groups: dict[tuple[str, ...], dict[str, nn.Linear]] = {}
     for name, linear in linears.items():
         parent, _, leaf = name.rpartition(".")
-        fused = next((group for group in FUSED_GROUPS if leaf in group), (leaf,))
-        groups.setdefault((parent, *fused), {})[name] = linear
+        # What is fused shares its input.
+        groups.setdefault((parent, *fused_with(leaf)), {})[name] = linear
     return list(groups.values())
 
 

@@ -61,7 +61,7 @@ def test_other_methods_are_not_ours(block: object) -> None:
         parse_schema(block)
 
 
-@pytest.mark.parametrize("version", [3, 0, "1", None, 99])
+@pytest.mark.parametrize("version", [3, 0, "1", True, 1.0, None, 99])
 def test_other_versions_are_refused_with_the_remedy(version: object) -> None:
     with pytest.raises(FormatError, match=r"format_version .* install a newer"):
         parse_schema(make_block(format_version=version))

@@ -3,8 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from tests.builders import remove, rewrite_tensors
 from tests.hostile.good import (
     GATE,
+    NORM,
     UP,
     Json,
     edit_block,
@@ -38,6 +43,45 @@ def _rename(name: str) -> Damage:
     return edit_block(change)
 
 
+def _without_norm(change: Callable[[Json], object]) -> Damage:
+    """A change of config.json that must not hide that a tensor is missing."""
+
+    def damage(folder: Path) -> None:
+        rewrite_tensors(folder, remove(NORM))
+        edit_config(lambda config: change(config) and None)(folder)
+
+    return damage
+
+
+def _keep_whole(name: str) -> Damage:
+    """A linear that is not quantized."""
+
+    def damage(folder: Path) -> None:
+        def change(tensors: dict[str, Tensor]) -> None:
+            for tensor in [t for t in tensors if t.startswith(f"{name}.")]:
+                del tensors[tensor]
+            tensors[f"{name}.weight"] = torch.zeros(96, 64, dtype=torch.bfloat16)
+
+        rewrite_tensors(folder, change)
+        edit_block(_forget)(folder)
+
+    return damage
+
+
+def _move(name: str) -> Damage:
+    """A linear's tensors under another name, in config.json too."""
+
+    def damage(folder: Path) -> None:
+        def change(tensors: dict[str, Tensor]) -> None:
+            for tensor in [t for t in tensors if t.startswith(f"{UP}.")]:
+                tensors[tensor.replace(UP, name)] = tensors.pop(tensor)
+
+        rewrite_tensors(folder, change)
+        _rename(name)(folder)
+
+    return damage
+
+
 def _forget(block: Json) -> None:
     del block["linears"][UP]
     del block["circuits"]["default"][UP]
@@ -68,7 +112,8 @@ KINDS = [
     ),
     # The block against the specification.
     Kind("version", set_block(format_version=3), ("format_version 3 is not known",)),
-    Kind("version true", set_block(format_version="1"), ("format_version '1' is not",)),
+    Kind("version as text", set_block(format_version="1"), ("format_version '1' is",)),
+    Kind("version true", set_block(format_version=True), ("format_version True is",)),
     Kind("new field", set_block(surprise=1), ("surprise: Extra inputs",)),
     Kind("five bits", set_block(bits=5), ("bits: Input should be 2, 3 or 4",)),
     Kind("bits as text", set_block(bits="3"), ("bits: ",)),
@@ -141,6 +186,36 @@ KINDS = [
         "a head of its own",
         set_config(tie_word_embeddings=False),
         (WEIGHTS, "lm_head.weight", "missing"),
+    ),
+    Kind(
+        "code of its own, which is not asked for",
+        _without_norm(lambda config: config.update(auto_map={"AutoConfig": "c.C"})),
+        (WEIGHTS, f"{NORM}: the tensor is missing"),
+    ),
+    Kind(
+        "no architecture",
+        _without_norm(lambda config: config.pop("architectures")),
+        (WEIGHTS, f"{NORM}: the tensor is missing"),
+    ),
+    Kind(
+        "two architectures",
+        _without_norm(lambda config: config["architectures"].append("Other")),
+        (WEIGHTS, f"{NORM}: the tensor is missing"),
+    ),
+    Kind(
+        "blocks of another part",
+        set_config(vision_config={"num_hidden_layers": 10**9}),
+        (CONFIG, "1000000000 blocks, but the files hold"),
+    ),
+    Kind(
+        "half of what is fused",
+        _keep_whole(UP),
+        (CONFIG, f"{UP}: not quantized, but {GATE}"),
+    ),
+    Kind(
+        "quantized embeddings",
+        _move("model.embed_tokens"),
+        (CONFIG, "model.embed_tokens: stored as [96, 64], but", "no such linear"),
     ),
     Kind(
         "other weight files",
