@@ -69,12 +69,13 @@ def _keep_whole(name: str) -> Damage:
 
 
 def _move(name: str) -> Damage:
-    """A linear's tensors under another name, in config.json too."""
+    """A linear's tensors in the place of a weight, in config.json too."""
 
     def damage(folder: Path) -> None:
         def change(tensors: dict[str, Tensor]) -> None:
             for tensor in [t for t in tensors if t.startswith(f"{UP}.")]:
                 tensors[tensor.replace(UP, name)] = tensors.pop(tensor)
+            del tensors[f"{name}.weight"]
 
         rewrite_tensors(folder, change)
         _rename(name)(folder)
