@@ -141,7 +141,7 @@ def quantize_matrix(
 def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
     """Upper Cholesky factor of the damped Hessian's inverse, and the damping used.
 
-    An input that is always zero gets a diagonal of one, so that its weights are
+    An input that is always zero gets the others' mean diagonal, so that its weights are
     rounded to the nearest value. Where the factorization fails, damping doubles.
 
     Factors in float64: GPTQ makes other codes of the smallest difference, and in
@@ -153,11 +153,11 @@ def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
     if not bool(H.isfinite().all()):
         raise QuantizeError("the Hessian is not finite: NaN or overflow in the inputs")
     diagonal = H.diagonal()
-    H = H + torch.diag((diagonal == 0).to(H.dtype))
-    mean = H.diagonal().mean()
+    live = int(diagonal.count_nonzero())
+    mean = diagonal.mean() * (len(H) / live) if live else H.new_ones(())
     while damp_percent <= MAX_DAMP:
         damped = H.to(torch.float64, copy=True)
-        damped.diagonal().add_(damp_percent * mean)
+        damped.diagonal().masked_fill_(diagonal == 0, mean).add_(damp_percent * mean)
         L, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)

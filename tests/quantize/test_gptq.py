@@ -309,6 +309,16 @@ def test_an_input_that_is_always_zero_is_rounded_to_nearest() -> None:
     assert torch.equal(result.codes[:, 5], nearest_codes(result, W, 5))
 
 
+def test_beside_such_an_input_the_scale_of_the_others_is_no_matter() -> None:
+    W, H = random_weight(16, 64), correlated_hessian(64)
+    H[5], H[:, 5] = 0.0, 0.0
+
+    result, small = quantize(W, H), quantize(W, H * 2.0**-14)
+
+    assert torch.equal(result.codes, small.codes)
+    assert not torch.equal(result.weight, round_to_nearest(W, 3, 32))
+
+
 def test_without_any_input_weights_are_rounded_to_nearest() -> None:
     W = random_weight(16, 64)
 
