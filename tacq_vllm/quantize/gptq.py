@@ -50,8 +50,13 @@ class Hessian:
 
     def mean(self) -> Tensor:
         """The sum over its number of tokens: float32 [in, in]."""
-        upper = (self.total.triu() / self.tokens).to(torch.float32)
-        return upper + upper.triu(1).T
+        mean = torch.zeros_like(self.total, dtype=torch.float32)
+        for start in range(0, len(mean), _HESSIAN_COLUMNS):
+            stop = start + _HESSIAN_COLUMNS
+            upper = (self.total[start:stop, start:].triu() / self.tokens).float()
+            mean[start:stop, start:] += upper
+            mean[start:, start:stop] += upper.triu(1).T
+        return mean
 
 
 def quantize_matrix(
@@ -156,13 +161,15 @@ def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
     live = int(diagonal.count_nonzero())
     mean = diagonal.mean() * (len(H) / live) if live else H.new_ones(())
     while damp_percent <= MAX_DAMP:
-        damped = H.to(torch.float64, copy=True)
-        damped.diagonal().masked_fill_(diagonal == 0, mean).add_(damp_percent * mean)
-        L, failed = torch.linalg.cholesky_ex(damped)
+        # One name for all steps: no more than two of them are in memory at a time.
+        M = H.to(torch.float64, copy=True)
+        M.diagonal().masked_fill_(diagonal == 0, mean).add_(damp_percent * mean)
+        M, failed = torch.linalg.cholesky_ex(M)
         if not failed:
-            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+            M = torch.cholesky_inverse(M)
+            M, failed = torch.linalg.cholesky_ex(M, upper=True)
             if not failed:
-                return U.to(torch.float32), damp_percent
+                return M.to(torch.float32), damp_percent
         damp_percent *= 2
     raise QuantizeError(
         f"the Hessian is singular even when damped by {MAX_DAMP:.0%} of its mean "
