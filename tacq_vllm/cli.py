@@ -152,7 +152,7 @@ def quantize(
         from tacq_vllm.quantize.workdir import check_output, open_workdir
         from tacq_vllm.quantize.world import open_world
 
-        check_output(output)
+        check_output(output, work_dir)
         transformers_logging.disable_progress_bar()
         with (
             open_world(torch_device(device)) as (world, own_device),

@@ -122,7 +122,7 @@ def recover_checkpoint(
     from tacq_vllm.quantize.world import open_world
     from tacq_vllm.recover import pipeline
 
-    check_output(output)
+    check_output(output, work_dir)
     transformers_logging.disable_progress_bar()
     with (
         open_world(torch_device(device)) as (world, own_device),

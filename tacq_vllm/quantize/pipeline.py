@@ -39,7 +39,7 @@ def quantize_model(
     Raises:
         QuantizeError: the model, the recipe or the calibration text do not fit.
     """
-    check_output(output)
+    check_output(output, workdir.folder)
     _check_model(base, progress)
     world = world or World()
     passes = Passes(base, recipe, workdir, progress, world, data_root)

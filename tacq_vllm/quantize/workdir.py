@@ -155,11 +155,22 @@ def open_workdir(folder: Path | None, output: Path, world: World) -> Iterator[Wo
         shutil.rmtree(chosen, ignore_errors=True)
 
 
-def check_output(output: Path) -> None:
-    """Refuse to write over anything.
+def check_output(output: Path, work_dir: Path | None = None) -> None:
+    """Refuse to write over anything, or where a finished folder cannot be put.
 
     Raises:
-        QuantizeError: `output` exists and is not an empty folder.
+        QuantizeError: `output` exists and is not an empty folder; or it is a link, a
+            mount point or the current folder, or has `work_dir` inside.
     """
+    if work_dir and work_dir.resolve().is_relative_to(output.resolve()):
+        raise QuantizeError(f"{output}: --work-dir lies in it; choose one elsewhere")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise QuantizeError(f"{output}: exists already; choose another --output")
+    fixed = (
+        ("the current folder", output.resolve() == Path.cwd()),
+        ("a link", output.is_symlink()),
+        ("a mount point", output.is_mount()),
+    )
+    for kind, is_so in fixed:
+        if is_so:
+            raise QuantizeError(f"{output}: is {kind}; choose another --output")

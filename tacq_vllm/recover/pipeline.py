@@ -70,7 +70,7 @@ def recover_checkpoint(
         FormatError: `tacq verify` finds a fault in the checkpoint.
         QuantizeError: the base model, the choices or the text do not fit.
     """
-    check_output(output)
+    check_output(output, workdir.folder)
     check_whole(source)
     schema = read_schema(source)
     if schema.layout != "planes":

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.workdir import (
     PhaseFolder,
     WorkDir,
+    check_output,
     fingerprint,
     open_workdir,
 )
@@ -198,3 +200,43 @@ def test_only_the_leader_removes_the_hidden_folder(tmp_path: Path) -> None:
         assert work.folder.is_dir()
 
     assert not work.folder.exists()
+
+
+def test_an_output_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    check_output(tmp_path / "target")
+
+    for name in ("target", "nowhere"):
+        link = tmp_path / f"to-{name}"
+        link.symlink_to(tmp_path / name)
+        with pytest.raises(QuantizeError, match=f"to-{name}: is a link; choose"):
+            check_output(link)
+
+
+def test_an_output_that_is_the_current_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    for output in (Path(), tmp_path):
+        with pytest.raises(QuantizeError, match="is the current folder; choose"):
+            check_output(output)
+
+
+def test_an_output_that_is_a_mount_point_is_refused(
+    mount: Callable[..., Path],
+) -> None:
+    output = mount("size=1m")
+
+    with pytest.raises(QuantizeError, match="is a mount point; choose"):
+        check_output(output)
+    check_output(output / "out")
+
+
+def test_an_output_around_the_work_folder_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    for work_dir in (output, output / "work", tmp_path / "a" / ".." / "out" / "work"):
+        with pytest.raises(QuantizeError, match="out: --work-dir lies in it"):
+            check_output(output, work_dir)
+    check_output(output, tmp_path / ".out.work")
