@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)
+"""The others wait while the leader downloads a model, converts it or writes text. Where
+one has died, torchrun ends the rest."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def open_world(device: torch.device) -> Iterator[tuple[World, torch.device]]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield World(dist.get_rank(), dist.get_world_size()), device
     finally:

@@ -86,6 +86,9 @@ from tacq_vllm.quantize.world import open_world
 mark = Path(sys.argv[1]) / "mark"
 with open_world(torch.device("cpu")) as (world, device):
     assert world.size == 3 and world.leads == (world.rank == 0)
+    # The leader may work for hours while the others wait.
+    group = torch.distributed.group.WORLD._get_backend(device)
+    assert group.options._timeout.days >= 1
     total = torch.full((2,), float(world.rank + 1))
     world.add_up(total)
     assert total.tolist() == [6.0, 6.0]
