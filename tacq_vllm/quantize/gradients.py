@@ -7,7 +7,7 @@ disk for a store).
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from tacq_vllm.quantize.blocks import BlockCalls
 from tacq_vllm.quantize.errors import QuantizeError
@@ -18,6 +18,10 @@ from tacq_vllm.quantize.workdir import PhaseFolder
 from tacq_vllm.quantize.world import World
 
 PHASE = "gradients"
+
+_HEAD_TOKENS = 512
+"""Tokens whose logits are in memory at a time: a sample's would be the largest tensor
+of the run."""
 
 
 def accumulate_gradients(
@@ -108,15 +112,27 @@ class _GradientPass:
             for number in self._own:
                 sample = self._samples[number]
                 hidden = self._load(_hidden(last, number), "hidden").requires_grad_()
-                logits = self._calls.logits(hidden)[0, :-1].float()
-                targets = sample.targets().to(logits.device)
-                loss = cross_entropy(logits, targets, ignore_index=Sample.UNSCORED)
-                loss.backward()
+                # The last token is to predict nothing.
+                targets = pad(sample.targets(), (0, 1), value=Sample.UNSCORED)
+                count = int((targets != Sample.UNSCORED).sum())
+                parts = hidden.split(_HEAD_TOKENS, dim=1)
+                for part, wanted in zip(parts, targets.split(_HEAD_TOKENS), strict=True):
+                    (self._loss(part, wanted) / count).backward()
                 assert hidden.grad is not None
                 self._folder.save(_gradient(last, number), {"gradient": hidden.grad})
         self._commit("head", {})
         for number in self._own:
             self._folder.remove(_hidden(last, number))
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy summed over the tokens of [1, n, hidden] that are scored."""
+        logits = self._calls.logits(hidden)[0].float()
+        return cross_entropy(
+            logits,
+            targets.to(logits.device),
+            ignore_index=Sample.UNSCORED,
+            reduction="sum",
+        )
 
     def _backward(self, index: int, bar: Phase) -> None:
         base, folder = self._base, self._folder

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tacq_vllm.quantize.blocks import BlockCalls
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gradients import accumulate_gradients, load_gradient
 from tacq_vllm.quantize.model import BaseModel
@@ -88,6 +89,32 @@ def test_what_counts_in_the_loss_matters(
 
     for name, total in parts.items():
         assert float((total - whole[name]).norm()) > 0.05 * float(total.norm())
+
+
+def test_logits_of_a_few_tokens_are_in_memory_at_a_time(
+    tiny_base: BaseModel,
+    phase_folder: PhaseFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    samples, tokens = random_samples(*LENGTHS), []
+    logits = BlockCalls.logits
+
+    def record(calls: BlockCalls, hidden: Tensor) -> Tensor:
+        tokens.append(hidden.shape[1])
+        return logits(calls, hidden)
+
+    monkeypatch.setattr(BlockCalls, "logits", record)
+    whole = gradients(tiny_base, samples, phase_folder)
+    assert tuple(tokens) == LENGTHS
+    tokens.clear()
+    monkeypatch.setattr("tacq_vllm.quantize.gradients._HEAD_TOKENS", 8)
+    parts = gradients(tiny_base, samples, PhaseFolder(tmp_path))
+
+    assert tokens == [8, 4, 5, 8, 4, 8, 8, 8, 6, 2]
+    for name, total in parts.items():
+        scale = float(whole[name].max())
+        torch.testing.assert_close(total, whole[name], rtol=1e-4, atol=1e-6 * scale)
 
 
 def test_one_block_is_in_memory_at_a_time(
