@@ -296,6 +296,25 @@ def interrupted_at_file(count: int) -> Iterator[None]:
     assert seen == count, "there are not so many files"
 
 
+@contextmanager
+def interrupted_at_removal(count: int) -> Iterator[None]:
+    """Stop the body where it would remove its n-th file of a phase."""
+    seen, remove = 0, PhaseFolder.remove
+
+    def stop(folder: PhaseFolder, name: str) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == count:
+            raise KeyboardInterrupt
+        remove(folder, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhaseFolder, "remove", stop)
+        with suppress(KeyboardInterrupt):
+            yield
+    assert seen == count, "there are not so many removals"
+
+
 def open_model(model: Path, work_dir: Path) -> BaseModel:
     """Open a model as the command line does."""
     return open_base_model(str(model), torch.device("cpu"), WorkDir(work_dir))

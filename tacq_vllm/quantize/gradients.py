@@ -69,9 +69,15 @@ class _GradientPass:
     def run(self, progress: Progress) -> None:
         count = len(self._base.blocks)
         backward = [i for i in range(count) if _sums(i) not in self._folder]
-        if not backward:
+        if backward:
+            self._run(backward, progress)
+        else:
             progress.note(f"{PHASE}: taken from the work folder")
-            return
+        # A run that was killed may have left some of a finished step.
+        self._folder.sweep("hidden", "gradient")
+
+    def _run(self, backward: list[int], progress: Progress) -> None:
+        count = len(self._base.blocks)
         forward = [i for i in range(count) if _passed(i) not in self._folder]
         if "head" in self._folder:
             forward = []
@@ -116,7 +122,9 @@ class _GradientPass:
                 targets = pad(sample.targets(), (0, 1), value=Sample.UNSCORED)
                 count = int((targets != Sample.UNSCORED).sum())
                 parts = hidden.split(_HEAD_TOKENS, dim=1)
-                for part, wanted in zip(parts, targets.split(_HEAD_TOKENS), strict=True):
+                for part, wanted in zip(
+                    parts, targets.split(_HEAD_TOKENS), strict=True
+                ):
                     (self._loss(part, wanted) / count).backward()
                 assert hidden.grad is not None
                 self._folder.save(_gradient(last, number), {"gradient": hidden.grad})

@@ -173,6 +173,8 @@ class BlockPass:
                     self._embed(store=left[0] == 0)
                 for index in left:
                     self._quantize_block(index, bar)
+        # A run that was killed may have left some of a finished block.
+        self._folder.sweep("hidden")
         return QuantizedBlocks(base, self._rounder, self._folder)
 
     def _embed(self, *, store: bool) -> None:

@@ -71,6 +71,12 @@ class PhaseFolder:
         """Forget a file, if it is there."""
         self._path(name).unlink(missing_ok=True)
 
+    def sweep(self, *prefixes: str) -> None:
+        """Forget all files whose names begin so, whole or not."""
+        for prefix in prefixes:
+            for path in self.folder.glob(f"{prefix}-*"):
+                path.unlink(missing_ok=True)
+
     def _open(self, name: str) -> Any:
         try:
             return safe_open(self._path(name), framework="pt")

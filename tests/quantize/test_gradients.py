@@ -18,6 +18,7 @@ from tests.conftest import (
     Recorder,
     assert_released,
     interrupted_at_file,
+    interrupted_at_removal,
     is_equal,
     open_model,
     random_samples,
@@ -144,6 +145,13 @@ def test_one_block_is_in_memory_at_a_time(
     assert resident == [part for part in expected for _ in range(2 * 7)]
 
 
+ONLY_SUMS = {"passed-0000", "passed-0001", "head", "sums-0000", "sums-0001"}
+
+
+def names(folder: PhaseFolder) -> set[str]:
+    return {path.stem for path in folder.folder.glob("*.safetensors*")}
+
+
 def test_only_the_sums_stay_on_disk(
     tiny_base: BaseModel, phase_folder: PhaseFolder
 ) -> None:
@@ -151,8 +159,7 @@ def test_only_the_sums_stay_on_disk(
 
     gradients(tiny_base, random_samples(4, 6), phase_folder, listener=recorder)
 
-    names = {path.stem for path in phase_folder.folder.glob("*.safetensors")}
-    assert names == {"passed-0000", "passed-0001", "head", "sums-0000", "sums-0001"}
+    assert names(phase_folder) == ONLY_SUMS
     assert recorder.phases == {"gradients": 4}
     assert recorder.notes == []
 
@@ -202,6 +209,21 @@ def test_a_pass_goes_on_after_any_file(
     resumed = gradients(tiny_base, samples, phase_folder)
 
     assert is_equal(resumed, gradients(tiny_base, samples, PhaseFolder(tmp_path)))
+
+
+@pytest.mark.parametrize("count", [1, 4, 10])
+def test_what_an_interrupted_clean_up_has_left_goes(
+    tiny_base: BaseModel, phase_folder: PhaseFolder, count: int
+) -> None:
+    """After the head, after a block, and where no step is left."""
+    samples = random_samples(4, 6)
+    with interrupted_at_removal(count):
+        gradients(tiny_base, samples, phase_folder)
+    assert names(phase_folder) - ONLY_SUMS
+
+    gradients(tiny_base, samples, phase_folder)
+
+    assert names(phase_folder) == ONLY_SUMS
 
 
 def test_a_gradient_that_is_not_finite_is_refused(

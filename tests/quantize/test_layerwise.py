@@ -23,6 +23,7 @@ from tests.conftest import (
     Recorder,
     assert_released,
     interrupted_at_file,
+    interrupted_at_removal,
     is_equal,
     open_model,
     quick,
@@ -255,6 +256,20 @@ def test_a_pass_goes_on_after_any_file(
     resumed = quantize(tiny_base, recipe, folder)
 
     assert_same(resumed, quantize(tiny_base, recipe, work.phase("whole", {})))
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_what_an_interrupted_clean_up_has_left_goes(
+    tiny_base: BaseModel, tiny_recipe: Recipe, phase_folder: PhaseFolder, count: int
+) -> None:
+    """After a block, and where none is left."""
+    with interrupted_at_removal(count):
+        quantize(tiny_base, quick(tiny_recipe), phase_folder)
+    assert any(name.startswith("hidden") for name in names(phase_folder))
+
+    quantize(tiny_base, quick(tiny_recipe), phase_folder)
+
+    assert names(phase_folder) == {"block-0000", "block-0001"}
 
 
 def test_what_is_stored_is_not_computed_again(
