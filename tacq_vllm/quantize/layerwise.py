@@ -243,9 +243,10 @@ class BlockPass:
         if self._base.device.type == "cuda":
             free = torch.cuda.mem_get_info(self._base.device)[0]
         else:
-            free = psutil.virtual_memory().available
+            free = psutil.virtual_memory().available // self._world.size
         features = sum(m.in_features + m.out_features for m in linears.values())
-        batch_bytes = features * _BATCH_TOKENS * torch.float32.itemsize
+        tokens = max(batch.numel() for _, batch in self._batches)
+        batch_bytes = features * tokens * torch.float32.itemsize
         return int(_MEMORY_SHARE * free / batch_bytes)
 
     def _quantize_group(

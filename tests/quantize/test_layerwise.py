@@ -1,5 +1,7 @@
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -270,6 +272,42 @@ def test_what_an_interrupted_clean_up_has_left_goes(
     quantize(tiny_base, quick(tiny_recipe), phase_folder)
 
     assert names(phase_folder) == {"block-0000", "block-0001"}
+
+
+@pytest.mark.parametrize(
+    ("length", "processes", "expected"), [(32, 1, 8), (64, 1, 4), (32, 2, 4)]
+)
+def test_batches_in_memory_take_a_share_of_it(
+    tiny_base: BaseModel,
+    tiny_recipe: Recipe,
+    phase_folder: PhaseFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    processes: int,
+    expected: int,
+) -> None:
+    """However long a sample is, and shared by all processes."""
+    in_memory = []
+
+    def record(*arguments: object) -> None:
+        in_memory.append(arguments[2])
+        raise KeyboardInterrupt
+
+    linears = tiny_base.block_linears(0).values()
+    features = sum(linear.in_features + linear.out_features for linear in linears)
+    # A quarter holds 8 samples of 32 tokens in float32.
+    memory = SimpleNamespace(available=4 * 8 * 32 * 4 * features)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr("tacq_vllm.quantize.layerwise.run_block", record)
+    world = World(0, processes)
+    rounder = gptq_rounder(quick(tiny_recipe), torch.bfloat16, keep_none, world)
+    samples = random_samples(*[length] * 4)
+    blocks = BlockPass(tiny_base, rounder, samples, phase_folder, world)
+
+    with pytest.raises(KeyboardInterrupt):
+        blocks.run("gptq", Progress())
+
+    assert in_memory == [expected]
 
 
 def test_what_is_stored_is_not_computed_again(
