@@ -4,7 +4,7 @@ The modules are built without values. A part of the model has its weights, in fl
 on the device, while it is resident: so a model needs memory for one decoder block.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -40,6 +40,9 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 
 _QUANTIZED_KEYS = ("quantization_config", SIMULATED_KEY)
 _CONVERTED_SHARD_BYTES = 2_000_000_000
+
+_EXPECTED = (OSError, ValueError, ImportError)
+"""What Transformers says in words when it cannot load a model."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,8 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
     Raises:
         QuantizeError: the model cannot be loaded or is quantized already.
     """
-    try:
+    # Of a broken config.json or tokenizer.json Transformers raises anything.
+    with _one_line(model, Exception):
         source = locate_model(model)
         config = AutoConfig.from_pretrained(**source.arguments)
         if any(getattr(config, key, None) is not None for key in _QUANTIZED_KEYS):
@@ -212,12 +216,11 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
         with init_empty_weights(include_buffers=False):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments)
+    with _one_line(model, *_EXPECTED):
         published, weights = _open_files(source, skeleton, workdir)
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, QuantizeError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise QuantizeError(f"{model}: cannot be loaded: {reason}") from error
+    for name, tensor in skeleton.state_dict().items():
+        if name in weights:
+            _check_shape(model, name, weights.shapes[name], tensor.shape)
     for name, buffer in list(skeleton.named_buffers()):
         values = weights.load(name).to(buffer.dtype) if name in weights else buffer
         owner, _, leaf = name.rpartition(".")
@@ -235,6 +238,30 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
         published=published,
         hub_id=None if is_local else model,
     )
+
+
+@contextmanager
+def _one_line(model: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise errors of these kinds as what a user is told."""
+    try:
+        yield
+    except (QuantizeError, MemoryError):
+        raise
+    except kinds as error:
+        reason = str(error).strip().partition("\n")[0]
+        if not isinstance(error, _EXPECTED):
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise QuantizeError(f"{model}: cannot be loaded: {reason}") from error
+
+
+def _check_shape(
+    model: str, name: str, stored: Sequence[int], wanted: Sequence[int]
+) -> None:
+    if tuple(stored) != tuple(wanted):
+        raise QuantizeError(
+            f"{model}: {name} is {list(stored)} in the files, and {list(wanted)} by "
+            "the configuration"
+        )
 
 
 def _open_files(
@@ -272,8 +299,13 @@ def _convert(
     final = workdir.folder / f"weights-{fingerprint(depends)[:16]}"
     if not final.is_dir():
         model, loading = AutoModelForCausalLM.from_pretrained(
-            **source.arguments, **arguments, output_loading_info=True
+            **source.arguments,
+            **arguments,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+        for name, stored, wanted in sorted(loading["mismatched_keys"]):
+            _check_shape(str(source.folder), name, stored, wanted)
         missing = sorted(loading["missing_keys"])
         if missing:
             raise QuantizeError(

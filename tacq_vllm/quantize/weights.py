@@ -20,6 +20,7 @@ class WeightFiles:
 
     folder: Path
     file_of: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
 
     def __contains__(self, name: str) -> bool:
         return name in self.file_of
@@ -56,10 +57,13 @@ def open_weights(folder: Path) -> WeightFiles:
     except FormatError as error:
         raise QuantizeError(f"{folder}: {error}; only safetensors are read") from error
     file_of: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in names:
         with _open(folder / name) as file:
-            file_of |= dict.fromkeys(file.keys(), name)
-    return WeightFiles(folder, file_of)
+            for key in file.keys():  # noqa: SIM118
+                file_of[key] = name
+                shapes[key] = tuple(file.get_slice(key).get_shape())
+    return WeightFiles(folder, file_of, shapes)
 
 
 def _open(path: Path) -> Any:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -294,6 +295,65 @@ def test_model_without_a_tensor(model_copy: Path, work: Path) -> None:
 
     with pytest.raises(QuantizeError, match=r"lm_head\.weight .*missing"):
         open_model(model_copy, work)
+
+
+def change_config(model: Path, **fields: object) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"hidden_size": "64"}, "'hidden_size' expected int"),
+        ({"num_attention_heads": 7}, r"hidden size \(64\) is not a multiple"),
+        ({"vocab_size": -1}, "negative dimension"),
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+        ({"rope_parameters": {"rope_type": "nope"}}, "KeyError: 'nope'"),
+        ({"dtype": "float99"}, "no attribute 'float99'"),
+    ],
+)
+def test_a_configuration_that_is_malformed(
+    model_copy: Path, work: Path, fields: dict[str, object], reason: str
+) -> None:
+    change_config(model_copy, **fields)
+
+    with pytest.raises(QuantizeError, match=f"model: cannot be loaded: .*{reason}"):
+        open_model(model_copy, work)
+
+
+def test_a_tokenizer_that_is_malformed(model_copy: Path, work: Path) -> None:
+    (model_copy / "tokenizer.json").write_text('{"a": 1}')
+
+    with pytest.raises(QuantizeError, match="model: cannot be loaded: KeyError: "):
+        open_model(model_copy, work)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("vocab_size", 100, "embed_tokens.weight is [128, 64] in the files, and [100,"),
+        ("intermediate_size", 96, "gate_proj.weight is [128, 64] in the files, and [9"),
+        ("num_key_value_heads", 1, "k_proj.weight is [32, 64] in the files, and [16,"),
+    ],
+)
+def test_a_configuration_of_other_sizes(
+    model_copy: Path, work: Path, field: str, value: int, reason: str
+) -> None:
+    change_config(model_copy, **{field: value})
+
+    with pytest.raises(QuantizeError, match=re.escape(reason)):
+        open_model(model_copy, work)
+
+
+def test_other_sizes_of_a_model_that_is_stored_by_other_names(
+    mixtral: Path, work: Path
+) -> None:
+    change_config(mixtral, intermediate_size=48)
+
+    with pytest.raises(QuantizeError, match=r"down_proj is \[2, 32, 32\] in the files"):
+        open_model(mixtral, work)
+    assert not work.exists()
 
 
 def test_model_without_a_tokenizer(model_copy: Path, work: Path) -> None:
