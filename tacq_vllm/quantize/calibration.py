@@ -5,6 +5,7 @@ completion, a chat) stay whole, each in its own length, and are never padded (Ta
 paper, appendix D and E).
 """
 
+import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def calibrate(
     depends = {
         **common,
         "calibration": config.model_dump(mode="json"),
-        "tokenizer": digest(sorted(base.tokenizer.get_vocab().items())),
+        "tokenizer": _tokenizer_digest(base.tokenizer),
         "chat_template": getattr(base.tokenizer, "chat_template", None),
         "files": [digest([path.read_bytes()]) for path in files],
         "data_root": _named_files(config.sources, data_root),
@@ -200,6 +201,17 @@ def take_whole(samples: Iterable[Sample], budget: int, limit: int | None) -> Cho
                 return Chosen(chosen, ran_out=False, too_long=too_long)
             chosen.append(sample)
     return Chosen(chosen, ran_out=total < budget, too_long=too_long)
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Of all that its tokens depend on; of a slow one, the vocabulary."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return digest(sorted(tokenizer.get_vocab().items()))
+    content = json.loads(fast.to_str())
+    # Each call sets these two for itself.
+    passing = ("truncation", "padding")
+    return digest(item for item in content.items() if item[0] not in passing)
 
 
 def _named_files(sources: Iterable[str], data_root: Path | None) -> list[list[Any]]:

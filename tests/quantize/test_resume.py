@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers.normalizers import Replace
 from typer.testing import CliRunner
 
 from tacq_vllm.cli import app
@@ -254,6 +255,24 @@ def test_another_text_finds_nothing(
         or "gradients: computed anew: tokens changed" in recorder.notes
     )
     assert found == run_afresh(tiny_base, recipe, tmp_path)
+
+
+def test_another_tokenizer_finds_no_text(
+    model_copy: Path, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    """Though it has the same words."""
+    base = open_model(model_copy, tmp_path / "opened")
+    recipe, work = quick(tiny_recipe, method="gptq"), tmp_path / "work"
+    run_pipeline(base, recipe, tmp_path / "first", work)
+    backend, recorder, other = base.tokenizer.backend_tokenizer, Recorder(), Recorder()
+
+    backend.enable_truncation(4)
+    run_pipeline(base, recipe, tmp_path / "again", work, recorder)
+    backend.normalizer = Replace("river", "city")
+    run_pipeline(base, recipe, tmp_path / "other", work, other)
+
+    assert recorder.notes[0] == "calibration: taken from the work folder"
+    assert other.notes == ["gptq: computed anew: tokens changed"]
 
 
 def test_another_model_finds_nothing(
