@@ -142,6 +142,12 @@ def quantize(
         effective = override_recipe(
             load_recipe(recipe) if recipe else Recipe(), overrides
         )
+        asks_to_keep = outlier_ratio is not None or saliency is not None
+        if asks_to_keep and not effective.keeps_outliers:
+            raise InputError(
+                f"method {effective.method} keeps no weights by --outlier-ratio or "
+                "--saliency: leave them out, or choose tacq"
+            )
 
         from transformers.utils import logging as transformers_logging
 

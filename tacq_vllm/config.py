@@ -200,9 +200,18 @@ class Recipe(Section):
         return self.spqr.group_size if self.method == "spqr" else -1
 
     @property
+    def keeps_outliers(self) -> bool:
+        """Whether the method keeps weights as `outliers` says."""
+        return self.method == "tacq" or (
+            self.method == "fineq" and self.fineq.keep_outliers
+        )
+
+    @property
     def sections_of_others(self) -> set[str]:
-        """The sections that another method's settings are in."""
+        """The sections that have no effect: other methods have their settings there."""
         sections = {"squeezellm", "spqr", "slim_llm", "fineq"}
+        if not self.keeps_outliers:
+            sections.add("outliers")
         return sections - {self.method.replace("-", "_")}
 
 

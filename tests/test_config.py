@@ -9,6 +9,7 @@ from tacq_vllm.config import (
     load_recipe,
     override_recipe,
     parse_section,
+    published_choices,
     recipe_folder,
 )
 
@@ -102,3 +103,26 @@ def test_overrides_replace_single_fields() -> None:
 def test_overrides_are_checked() -> None:
     with pytest.raises(RecipeError, match=r"options: calibration\.seed: "):
         override_recipe(Recipe(), {"calibration.seed": -1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "keeps"),
+    [
+        ({"method": "tacq"}, True),
+        ({"method": "gptq"}, False),
+        ({"method": "spqr"}, False),
+        ({"method": "fineq", "bits": 2}, False),
+        ({"method": "fineq", "bits": 2, "fineq": {"keep_outliers": True}}, True),
+    ],
+)
+def test_settings_without_effect_are_not_published(
+    fields: dict[str, Any], keeps: bool
+) -> None:
+    recipe = Recipe.model_validate(fields)
+
+    published = published_choices(recipe, recipe.sections_of_others)
+
+    assert recipe.keeps_outliers is keeps
+    assert ("outliers" in published) is keeps
+    sections = {"squeezellm", "spqr", "slim_llm", "fineq"}
+    assert published.keys() & sections == sections & {recipe.method}

@@ -96,6 +96,8 @@ def test_quantize_end_to_end(tiny_model: Path, text_file: Path, tmp_path: Path) 
         (["--bits", "5"], "bits: Input should be 2, 3 or 4"),
         (["--group-size", "24"], "group_size 24: use -1 or a multiple of 16"),
         (["--method", "fineq"], "bits 3: fineq has codes of 2"),
+        (["--method", "rtn", "--saliency", "qal"], "method rtn keeps no weights by"),
+        (["--method", "gptq", "--outlier-ratio", "0.01"], "method gptq keeps no"),
         (["--group-size", "48"], "q_proj: group_size 48 does not divide its 64"),
         (["--recipe", "nobody/nothing"], "no recipe 'nobody/nothing'"),
         (["--num-samples", "0"], "calibration.num_samples: "),
