@@ -43,6 +43,13 @@ class TransformersRunner:
         self, model: Any, tokenizer: Any, name: str, identity: str, max_length: int
     ) -> None:
         self._model = model.eval()
+        # Not the model's own, which may sample or punish repetitions: Transformers
+        # takes from here whatever a call leaves open.
+        self._model.generation_config = GenerationConfig(
+            do_sample=False,
+            eos_token_id=model.generation_config.eos_token_id,
+            pad_token_id=_PADDING,
+        )
         self.tokenizer = tokenizer
         self.name = name
         positions = getattr(model.config, "max_position_embeddings", None)
@@ -90,13 +97,7 @@ class TransformersRunner:
         out = self._model.generate(
             tokens.to(self._model.device),
             attention_mask=mask.to(self._model.device),
-            # Not the model's own, which may sample or punish repetitions.
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=max_tokens,
-                eos_token_id=ends,
-                pad_token_id=_PADDING,
-            ),
+            max_new_tokens=max_tokens,
             stopping_criteria=[_Stops(self.tokenizer, stops, length)],
         )
         ids = {ends} if isinstance(ends, int) else set(ends or ())

@@ -1,5 +1,6 @@
 """Answers from Transformers, beside plain calls of the model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,19 @@ def test_a_text_ends_with_the_token_that_ends_it(tiny_model: Path) -> None:
     expected = [words[: words.index(end)] if end in words else words for words in whole]
     assert [text.split() for text in texts] == expected
     assert expected != whole
+
+
+def test_how_its_makers_sample_changes_no_text(
+    tiny_model: Path, model_copy: Path
+) -> None:
+    prompts = [Prompt(one.context, 8, ()) for one in random_continuations()]
+    own = {"repetition_penalty": 9.0, "do_sample": True, "temperature": 5.0}
+    file = model_copy / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+
+    texts = list(opened(model_copy).texts(prompts))
+
+    assert texts == list(opened(tiny_model).texts(prompts))
 
 
 def test_the_first_of_several_stops_counts() -> None:
