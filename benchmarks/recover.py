@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 import tacq_vllm.integrations.transformers  # noqa: F401 - registers the format
 from tacq_vllm.config import CalibrationConfig, override_recipe
 from tacq_vllm.data.sets import load_named_set
+from tacq_vllm.evaluate.questions import Questions
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.quantize.model import BaseModel, open_base_model
 from tacq_vllm.quantize.progress import Progress
@@ -170,7 +171,7 @@ def held_out_texts(
         windows = torch.tensor(ids[: WINDOWS * WINDOW]).view(WINDOWS, WINDOW)
         return [(window, 1) for window in windows]
     samples = []
-    for item in named.items[:: max(1, len(named.items) // items)][:items]:
+    for item in Questions.spread(task, named.items, items).items:
         prompt = base.tokenizer(item.prompt).input_ids
         whole = base.tokenizer(item.prompt + item.completion).input_ids
         samples.append((torch.tensor(whole), len(prompt)))

@@ -24,9 +24,9 @@ class Questions:
 
     @classmethod
     def spread(cls, task: str, items: Sequence[Item], limit: int | None) -> "Questions":
-        """As many items as the limit says, evenly over the split: not its beginning."""
-        step = max(1, len(items) // limit) if limit else 1
-        numbers = tuple(range(0, len(items), step))[:limit]
+        """As many items as the limit says, evenly over the whole split."""
+        count = min(limit or len(items), len(items))
+        numbers = tuple(i * len(items) // count for i in range(count))
         return cls(task, numbers, tuple(items[n] for n in numbers), limit)
 
     def score(

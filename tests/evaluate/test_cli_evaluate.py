@@ -62,6 +62,7 @@ def test_every_task_beside_the_16_bit_model(
         "max_length": "4096",
         "data": "folder",
         "window": "64",
+        "items": "whole split",
     }
     assert {"lm-eval", "tacq-vllm", "torch"} <= written.versions.keys()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
