@@ -29,7 +29,11 @@ class Row(BaseModel):
     versions: dict[str, str] = Field({}, description="Of packages, by name.")
     machine: dict[str, str] = Field({}, description="Where it was measured, and when.")
     seconds: dict[str, float] = Field({}, description="Of each phase of quantizing.")
-    peak_bytes: int | None = Field(None, description="Most memory in use at once.")
+    peak_bytes: int | None = Field(
+        None,
+        description="Most memory in use at once since the run began, also for the rows "
+        "before.",
+    )
 
     def extended(self, new: Self) -> Self:
         """With the tasks of the same model that were measured later."""
