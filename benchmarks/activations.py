@@ -13,14 +13,18 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from quality import WINDOW, WINDOWS, score
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tacq_vllm.integrations.transformers  # noqa: F401 - registers the format
 from tacq_vllm.data.sets import load_named_set
+from tacq_vllm.evaluate.respondent import Respondent
+from tacq_vllm.evaluate.samples import SampleLog
+from tacq_vllm.evaluate.text import perplexity
+from tacq_vllm.evaluate.transformers_runner import open_transformers
 from tacq_vllm.kernels import cpu_linear
+from tacq_vllm.quantize.progress import Progress
 
 READINGS = (("float32", "exact"), ("bfloat16", "exact"), ("bfloat16", "int8"))
+CPU = torch.device("cpu")
+WINDOW = 1024
 
 
 def main() -> None:
@@ -30,26 +34,31 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data-root", type=Path, help="named sets; without: the Hub")
+    parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    named = load_named_set("wikitext2", "evaluation", arguments.data_root)
-    ids = tokenizer("".join(named.documents)).input_ids[: WINDOWS * WINDOW]
-    windows = [(window, 1) for window in torch.tensor(ids).view(WINDOWS, WINDOW)]
+    documents = load_named_set("wikitext2", "evaluation", arguments.data_root).documents
     rows = []
     for dtype, activations in READINGS:
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.checkpoint, dtype=getattr(torch, dtype)
-        )
         with patch.object(cpu_linear, "activations", lambda chosen=activations: chosen):
-            scores = score(model, {"wikitext2": windows})
+            runner = open_transformers(
+                str(arguments.checkpoint),
+                getattr(torch, dtype),
+                CPU,
+                WINDOW,
+                dequantize=False,
+            )
+            respondent = Respondent(runner, SampleLog(None), Progress())
+            (score,) = perplexity(
+                "wikitext2", documents, WINDOW, arguments.windows, respondent
+            )
         row = {
             "checkpoint": arguments.checkpoint.name,
             "dtype": dtype,
             "activations": activations,
             "date": time.strftime("%Y-%m-%d"),
-            **scores,
+            "wikitext2 ppl": score.value,
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
