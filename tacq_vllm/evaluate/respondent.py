@@ -1,5 +1,6 @@
 """A model that is asked item by item, each answer kept in the log."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -44,7 +45,11 @@ class Respondent:
     def likelihoods(
         self, task: str, items: Sequence[int], asked: Sequence[Continuation]
     ) -> list[Likelihood]:
-        """How likely each continuation is; an item may have several."""
+        """How likely each continuation is; an item may have several.
+
+        Raises:
+            EvaluateError: one is not finite.
+        """
         cut = [self._fit(continuation) for continuation in asked]
         self._note_cuts(task, asked, cut)
         lines = self._answers(task, items, cut, self.runner.likelihoods, asdict)
@@ -89,11 +94,21 @@ class Respondent:
                     missing.items(), answers, strict=True
                 ):
                     place = {"model": self.runner.name, "task": task, "item": item}
-                    self._log.add(key, place | fields(answer))
+                    kept = place | fields(answer)
+                    self._check_finite(kept)
+                    self._log.add(key, kept)
                     bar.advance()
         elif asked:
             self.progress.note(f"{self.runner.name} {task}: taken from the sample log")
         return [line for key in keys if (line := self._log.get(key)) is not None]
+
+    def _check_finite(self, line: dict[str, Any]) -> None:
+        if not math.isfinite(line.get("total", 0.0)):
+            raise EvaluateError(
+                f"{line['model']} {line['task']}, item {line['item']}: its loss is not "
+                f"finite in {self.runner.dtype}: use --dtype float32 or bfloat16; in "
+                "those the weights are at fault"
+            )
 
     def _key(self, content: dict[str, Any]) -> str:
         return fingerprint({"model": self.runner.identity, **content})[:32]

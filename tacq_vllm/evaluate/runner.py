@@ -48,6 +48,10 @@ class Runner(Protocol):
         """Changes with the model's files, the arithmetic and the engine."""
 
     @property
+    def dtype(self) -> str:
+        """Of weights and activations, as --dtype names it."""
+
+    @property
     def versions(self) -> dict[str, str]:
         """Version of each package that takes part, by its name."""
 

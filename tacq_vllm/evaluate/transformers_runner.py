@@ -54,8 +54,8 @@ class TransformersRunner:
         self.name = name
         positions = getattr(model.config, "max_position_embeddings", None)
         self.max_length = min(max_length, positions or max_length)
-        dtype = str(model.dtype).removeprefix("torch.")
-        self.identity = f"{identity} hf {dtype}"
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.identity = f"{identity} hf {self.dtype}"
         self.versions = {"tacq-vllm": __version__} | {
             package: version(package) for package in ("torch", "transformers")
         }

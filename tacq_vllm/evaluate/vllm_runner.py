@@ -30,6 +30,7 @@ class VllmRunner:
         self.name = name
         self.tokenizer = engine.get_tokenizer()
         self.max_length = max_length
+        self.dtype = dtype
         self.identity = f"{identity} vllm {dtype}"
         self.versions = {"tacq-vllm": __version__} | {
             package: version(package) for package in ("torch", "transformers", "vllm")

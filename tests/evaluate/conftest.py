@@ -56,6 +56,7 @@ class Parrot:
 
     name = "parrot"
     identity = "parrot"
+    dtype = "float32"
     versions = {"tacq-vllm": "0"}  # noqa: RUF012
 
     def __init__(self, answer: str = "", max_length: int = 10_000) -> None:

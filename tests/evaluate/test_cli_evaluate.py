@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from tacq_vllm.cli import app
 from tacq_vllm.scores import SCORES_NAME, read_scores
+from tests.builders import replace, rewrite_tensors
 from tests.test_cli import assert_one_line
 
 
@@ -162,6 +163,21 @@ def test_a_checkpoint_that_is_damaged(checkpoint_copy: Path, root: Path) -> None
     weights.write_bytes(weights.read_bytes()[:-1])
 
     assert_one_line(evaluate(checkpoint_copy, "wikitext2", root), "model.safetensors")
+
+
+def test_a_loss_that_overflows(model_copy: Path, root: Path, tmp_path: Path) -> None:
+    rewrite_tensors(model_copy, replace("model.norm.weight", lambda w: 1e6 * w))
+    log = tmp_path / "log.jsonl"
+
+    result = evaluate(
+        *(model_copy, "wikitext2", root, "--window", 64, "--limit", 2),
+        *("--samples", log, "--dtype", "float16", "--device", "cpu"),
+    )
+
+    reason = "model wikitext2, item 0: its loss is not finite in float16: use --dtype"
+    assert result.exit_code == 2
+    assert reason in result.stderr.splitlines()[-1]
+    assert not log.exists()
 
 
 def test_spider_from_the_hub_has_no_databases(
