@@ -100,7 +100,7 @@ def evaluate(
         with_baseline,
     )
     from tacq_vllm.evaluate.samples import SampleLog
-    from tacq_vllm.evaluate.tasks import Protocol, load_tasks
+    from tacq_vllm.evaluate.tasks import Protocol, figures, load_tasks
     from tacq_vllm.quantize.progress import Progress
     from tacq_vllm.scores import read_scores_file
 
@@ -108,6 +108,8 @@ def evaluate(
         raise InputError("--dequantize and --device: each is for --backend hf")
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise InputError(f"--json {json_file}: there is no such folder")
+    if json_file is not None and json_file.is_dir():
+        raise InputError(f"--json {json_file}: a folder; give a file in it")
     protocol = Protocol(data_root=data_root, limit=limit, window=window)
     engine = Backend(
         engine=backend.value,
@@ -118,11 +120,11 @@ def evaluate(
     )
     log = SampleLog(samples)
     settings = engine.settings | protocol.settings
+    measures = load_tasks(split_names(tasks), protocol)
     reference = None
     if baseline is not None and baseline.endswith(".json"):
         reference = read_scores_file(Path(baseline))
-        check_baseline(reference, settings)
-    measures = load_tasks(split_names(tasks), protocol)
+        check_baseline(reference, settings, figures(measures), limit)
     transformers_logging.disable_progress_bar()
 
     with open_listener(leads=True) as listener:
@@ -138,9 +140,9 @@ def evaluate(
         scores = measure(model)
     if reference is not None:
         scores = with_baseline(scores, reference)
+    print_scores(scores)
     if json_file is not None:
         json_file.write_text(scores.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    print_scores(scores)
 
 
 def print_scores(scores: "Scores") -> None:

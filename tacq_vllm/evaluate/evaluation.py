@@ -1,6 +1,6 @@
 """All tasks on one model, and what the 16-bit model has beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 from tacq_vllm.evaluate.errors import EvaluateError
@@ -48,11 +48,22 @@ def evaluate_model(
     )
 
 
-def check_baseline(baseline: Scores, settings: Mapping[str, str]) -> None:
-    """Refuse a baseline that was measured in another way.
+def check_baseline(
+    baseline: Scores,
+    settings: Mapping[str, str],
+    figures: Iterable[tuple[str, str]],
+    limit: int | None,
+) -> None:
+    """Refuse a baseline that was measured in another way, or lacks a figure.
+
+    Args:
+        baseline: what a file has.
+        settings: that a model is to be measured with.
+        figures: its tasks and metrics.
+        limit: of each.
 
     Raises:
-        EvaluateError: its settings are not these.
+        EvaluateError: the baseline cannot stand beside such scores.
     """
     for name, value in settings.items():
         theirs = baseline.settings.get(name)
@@ -61,22 +72,20 @@ def check_baseline(baseline: Scores, settings: Mapping[str, str]) -> None:
                 f"the baseline was measured with {name} {theirs}, this model is to be "
                 f"with {value}: measure both in the same way"
             )
+    known = {(s.task, s.metric, s.limit) for s in baseline.scores}
+    for task, metric in figures:
+        if (task, metric, limit) not in known:
+            extent = "" if limit is None else f" with limit {limit}"
+            raise EvaluateError(f"the baseline has no {metric} of {task}{extent}")
 
 
 def with_baseline(scores: Scores, baseline: Scores) -> Scores:
-    """Put the 16-bit model's figures beside those of a model.
-
-    Raises:
-        EvaluateError: a figure of the model is not among the baseline's.
-    """
+    """Put the 16-bit model's figures, which have all these, beside those of a model."""
     known = {(s.task, s.metric, s.limit): s.value for s in baseline.scores}
-    rows = []
-    for score in scores.scores:
-        key = (score.task, score.metric, score.limit)
-        if key not in known:
-            extent = "" if score.limit is None else f" with limit {score.limit}"
-            raise EvaluateError(
-                f"the baseline has no {score.metric} of {score.task}{extent}"
-            )
-        rows.append(score.model_copy(update={"baseline": known[key]}))
+    rows = [
+        score.model_copy(
+            update={"baseline": known[score.task, score.metric, score.limit]}
+        )
+        for score in scores.scores
+    ]
     return scores.model_copy(update={"scores": tuple(rows)})

@@ -1,6 +1,6 @@
 """The tasks by name: data read first, so that a wrong name costs no time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,15 @@ def load_tasks(names: Sequence[str], protocol: Protocol) -> dict[str, list[Measu
     if not names:
         raise EvaluateError(f"no task is given; there are {known}")
     return {name: _LOADERS[name](name, protocol) for name in names}
+
+
+def figures(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The tasks and metrics that known tasks give scores of."""
+    return [
+        (name.removesuffix(_LOSS), metric)
+        for name in names
+        for metric in _METRICS.get(name, ("loss",))
+    ]
 
 
 def _text(name: str, protocol: Protocol) -> list[Measure]:
@@ -137,3 +146,12 @@ _LOADERS: dict[str, Callable[[str, Protocol], list[Measure]]] = {
     **{name + _LOSS: _loss for name in ("mmlu", "gsm8k", "spider")},
 }
 """A question set's loss alone takes no generation."""
+
+_METRICS = {
+    "wikitext2": ("perplexity",),
+    "c4": ("perplexity",),
+    "mmlu": ("accuracy", "loss"),
+    "gsm8k": ("loss", "exact_match"),
+    "spider": ("loss", "execution_accuracy"),
+}
+"""Where it is not the loss alone."""

@@ -11,9 +11,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 from tacq_vllm.cli import app
+from tacq_vllm.evaluate.tasks import figures
 from tacq_vllm.scores import SCORES_NAME, read_scores
 from tests.builders import replace, rewrite_tensors
 from tests.test_cli import assert_one_line
+
+TASKS = ("wikitext2", "c4", "mmlu", "gsm8k", "spider")
 
 
 def evaluate(model: Path, tasks: str, root: Path | None, *options: object) -> Result:
@@ -36,7 +39,7 @@ def test_every_task_beside_the_16_bit_model(
     options += ["--samples", log, "--baseline", tiny_model]
     options += ["--json", scored / SCORES_NAME]
 
-    result = evaluate(scored, "wikitext2,c4,mmlu,gsm8k,spider", root, *options)
+    result = evaluate(scored, ",".join(TASKS), root, *options)
 
     assert result.exit_code == 0, result.output
     written = read_scores(scored)
@@ -52,6 +55,7 @@ def test_every_task_beside_the_16_bit_model(
         ("spider", "loss"),
         ("spider", "execution_accuracy"),
     ]
+    assert set(figures(TASKS)) == found.keys()
     assert all(score.limit == 3 for score in written.scores)
     assert all(score.baseline is not None for score in written.scores)
     assert found["mmlu", "accuracy"].chance == 0.25
@@ -73,7 +77,7 @@ def test_every_task_beside_the_16_bit_model(
     assert "| wikitext2, limit 3 | perplexity |" in result.stdout
     assert "| 0.25 |" in result.stdout
 
-    again = evaluate(scored, "wikitext2,c4,mmlu,gsm8k,spider", root, *options)
+    again = evaluate(scored, ",".join(TASKS), root, *options)
 
     assert again.stdout == result.stdout
     assert len(log.read_text().splitlines()) == len(lines)
@@ -94,6 +98,13 @@ def test_a_file_of_scores_is_a_baseline(
     assert_one_line(
         evaluate(tiny_model, "wikitext2", root, "--window", 32, "--baseline", file),
         "the baseline was measured with window 64, this model is to be with 32",
+    )
+    assert_one_line(
+        evaluate(
+            *(tiny_model, "wikitext2,spider-loss", root),
+            *("--window", 64, "--baseline", file),
+        ),
+        "the baseline has no loss of spider",
     )
 
 
@@ -129,6 +140,7 @@ def test_the_loss_alone_needs_no_harness_and_no_database(
         ("wikitext2", ["--window", 90, "--max-length", 80], "more than the 80"),
         ("wikitext2", ["--data-root", "nowhere"], "nowhere/wikitext2/test.txt: no"),
         ("wikitext2", ["--json", "nowhere/x.json"], "there is no such folder"),
+        ("wikitext2", ["--json", "."], "--json .: a folder; give a file in it"),
         (
             "wikitext2",
             ["--backend", "vllm", "--dequantize"],

@@ -31,11 +31,12 @@ def test_a_baseline_stands_beside_each_score() -> None:
 
 
 def test_a_baseline_that_lacks_a_score() -> None:
-    mine = scores(Score(task="c4", metric="perplexity", value=1.0, limit=4))
-    theirs = scores(Score(task="c4", metric="perplexity", value=1.0, limit=8))
+    baseline = scores(Score(task="c4", metric="perplexity", value=1.0, limit=8))
+    figures = [("c4", "perplexity")]
 
+    check_baseline(baseline, SETTINGS, figures, 8)
     with pytest.raises(EvaluateError, match="no perplexity of c4 with limit 4"):
-        with_baseline(mine, theirs)
+        check_baseline(baseline, SETTINGS, figures, 4)
 
 
 def test_a_baseline_that_was_measured_otherwise() -> None:
@@ -43,6 +44,6 @@ def test_a_baseline_that_was_measured_otherwise() -> None:
         Score(task="c4", metric="perplexity", value=1.0), window="512", model="b"
     )
 
-    check_baseline(baseline, {"backend": "hf", "window": "512"})
+    check_baseline(baseline, {"backend": "hf", "window": "512"}, [], None)
     with pytest.raises(EvaluateError, match="with window 512, this model is to be"):
-        check_baseline(baseline, {"backend": "hf", "window": "1024"})
+        check_baseline(baseline, {"backend": "hf", "window": "1024"}, [], None)
