@@ -120,6 +120,8 @@ def evaluate(
     )
     log = SampleLog(samples)
     settings = engine.settings | protocol.settings
+    # Of a model in 16 bits it changes nothing: a baseline may differ in it.
+    stored = settings | {"dequantize": "yes" if dequantize else "no"}
     measures = load_tasks(split_names(tasks), protocol)
     reference = None
     if baseline is not None and baseline.endswith(".json"):
@@ -131,9 +133,7 @@ def evaluate(
 
         def measure(name: str) -> "Scores":
             with open_runner(name, engine) as runner:
-                return evaluate_model(
-                    runner, measures, settings, log, Progress(listener)
-                )
+                return evaluate_model(runner, measures, stored, log, Progress(listener))
 
         if baseline is not None and reference is None:
             reference = measure(baseline)

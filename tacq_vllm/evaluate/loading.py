@@ -10,7 +10,7 @@ from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.source import ModelSource, locate_model
 from tacq_vllm.quantize.workdir import fingerprint
 
-_DECISIVE = ("*.safetensors", "config.json", "tokenizer*", "*.model")
+_DECISIVE = ("*.safetensors", "*config.json", "tokenizer*", "*.model")
 
 
 @contextmanager
@@ -39,8 +39,10 @@ def model_name(model: str) -> str:
 
 def model_identity(source: ModelSource) -> str:
     """Digest of the names, sizes and times of the files that decide what it says."""
-    patterns = [source.gguf] if source.gguf else _DECISIVE
-    files = [path for pattern in patterns for path in source.folder.glob(pattern)]
+    if source.gguf:
+        files = [source.folder / source.gguf]
+    else:
+        files = [path for pattern in _DECISIVE for path in source.folder.glob(pattern)]
     status = {path.name: path.stat() for path in files}
     return fingerprint(
         {name: [stat.st_size, stat.st_mtime_ns] for name, stat in status.items()}

@@ -20,6 +20,8 @@ from tacq_vllm import __version__
 from tacq_vllm.evaluate.loading import model_identity, model_name, opened
 from tacq_vllm.evaluate.runner import Continuation, Likelihood, Prompt, cut_at_stop
 from tacq_vllm.evaluate.stem import Stem
+from tacq_vllm.kernels.ops import kernel_name
+from tacq_vllm.layers import TacqLinear
 
 _BATCH = 8
 """Prompts that are continued together."""
@@ -55,7 +57,14 @@ class TransformersRunner:
         positions = getattr(model.config, "max_position_embeddings", None)
         self.max_length = min(max_length, positions or max_length)
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.identity = f"{identity} hf {self.dtype}"
+        # Empty where nothing is packed.
+        kernels = {
+            kernel_name(module.packed, model.dtype)
+            for module in model.modules()
+            if isinstance(module, TacqLinear)
+        }
+        arithmetic = (self.dtype, model.device.type, *sorted(kernels))
+        self.identity = f"{identity} hf {' '.join(arithmetic)}"
         self.versions = {"tacq-vllm": __version__} | {
             package: version(package) for package in ("torch", "transformers")
         }

@@ -1,5 +1,6 @@
 """A model that vLLM runs, in this process; the only module here that imports vLLM."""
 
+import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -31,7 +32,9 @@ class VllmRunner:
         self.tokenizer = engine.get_tokenizer()
         self.max_length = max_length
         self.dtype = dtype
-        self.identity = f"{identity} vllm {dtype}"
+        rounding = os.environ.get("TACQ_CPU_ACTIVATIONS", "")
+        arithmetic = (dtype, current_platform.device_type, rounding)
+        self.identity = f"{identity} vllm {' '.join(arithmetic)}"
         self.versions = {"tacq-vllm": __version__} | {
             package: version(package) for package in ("torch", "transformers", "vllm")
         }

@@ -68,6 +68,7 @@ def test_every_task_beside_the_16_bit_model(
         "data": "folder",
         "window": "64",
         "items": "whole split",
+        "dequantize": "yes",
     }
     assert {"lm-eval", "tacq-vllm", "torch"} <= written.versions.keys()
     lines = [json.loads(line) for line in log.read_text().splitlines()]

@@ -7,12 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from tacq_vllm.evaluate.loading import model_identity
 from tacq_vllm.evaluate.runner import Continuation, Prompt, cut_at_stop
 from tacq_vllm.evaluate.text import perplexity
 from tacq_vllm.evaluate.transformers_runner import (
     TransformersRunner,
     open_transformers,
 )
+from tacq_vllm.kernels import ops
+from tacq_vllm.quantize.source import locate_model
 from tests.conftest import SIZES, VOCAB_SIZE, make_text, save_random
 from tests.evaluate.conftest import respond
 from tests.evaluate.plain_perplexity import plain_perplexity
@@ -176,3 +179,30 @@ def test_what_a_runner_tells_of_itself(tiny_checkpoint: Path, tiny_model: Path) 
     assert {"tacq-vllm", "torch", "transformers"} == runner.versions.keys()
     assert runner.identity == opened(tiny_checkpoint).identity
     assert runner.identity != opened(tiny_model).identity
+    assert runner.identity != opened(tiny_checkpoint, dequantize=True).identity
+
+
+def test_the_identity_tells_whether_activations_are_rounded(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = ops._kernels("cpu")
+    if kernels is None:
+        pytest.skip("there are no CPU kernels here")
+
+    def identity(chosen: str) -> str:
+        monkeypatch.setattr(kernels, "activations", lambda: chosen)
+        return open_transformers(
+            str(tiny_checkpoint), torch.bfloat16, CPU, 4096, dequantize=False
+        ).identity
+
+    assert identity("int8") != identity("exact")
+
+
+def test_the_identity_of_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
+    file = tmp_path / "model[1].gguf"
+    file.write_bytes(b"one")
+    before = model_identity(locate_model(str(file)))
+
+    file.write_bytes(b"another")
+
+    assert model_identity(locate_model(str(file))) != before
