@@ -1,5 +1,6 @@
 """Which models are compared: every combination of some choices."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -94,6 +95,13 @@ class Matrix:
             if method not in METHODS and method not in SALIENCIES:
                 known = ", ".join(dict.fromkeys(METHODS + SALIENCIES))
                 raise RecipeError(f"{method}: no such method; there are {known}")
+        sources = Counter(Path(source).name for source in set(self.calibrations))
+        for name, count in sources.items():
+            if count > 1:
+                raise RecipeError(
+                    f"--calibration: {count} sources are called {name}, which is what "
+                    "tells them apart: rename one"
+                )
         # Neighbours share gradients, and the pass without kept weights.
         axes = (self.seeds, self.calibrations, self.bits, self.group_sizes)
         asked = (

@@ -82,6 +82,14 @@ def test_an_unknown_method() -> None:
         matrix(methods=["magic"]).cells(Recipe())
 
 
+def test_two_sources_of_one_name() -> None:
+    sources = ["a/train.txt", "a/train.txt", "b/train.txt"]
+
+    assert len(matrix(calibrations=sources[:2]).cells(Recipe())) == 1
+    with pytest.raises(RecipeError, match=r"2 sources are called train\.txt"):
+        matrix(calibrations=sources).cells(Recipe())
+
+
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
