@@ -111,6 +111,7 @@ class Trainer:
         if not history.finished:
             history = self._steps(history, progress)
         self._student.load_trained(self._folder.best())
+        progress.note(f"{PHASE}: {_outcome(history)}")
         return history
 
     def _steps(self, history: History, progress: Progress) -> History:
@@ -252,3 +253,14 @@ def _line(history: History) -> str:
         f"step {last.step}  loss {last.loss:.4f}  "
         f"held-out {look.held_out:.4f} (step {look.step})"
     )
+
+
+def _outcome(history: History) -> str:
+    """Which step's values are taken, and what they are worth."""
+    first, best, last = history.records[0], history.best, history.last
+    if last.step == 0:
+        return "no step was made: the 16-bit model's pass took the budget; raise it"
+    before = f"the held-out loss of {first.held_out:.4f}"
+    if best.step == 0:
+        return f"none of {last.step} steps is better than {before}: all values stay"
+    return f"step {best.step} is taken: from {before} to {best.held_out:.4f}"

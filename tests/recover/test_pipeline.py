@@ -141,6 +141,25 @@ def test_what_was_trained_is_what_transformers_loads(
     assert float(error) < tolerance
 
 
+def test_it_tells_what_a_training_was_worth(trained):
+    output, _, recorder = trained
+    before, after = held_out(output)[0], min(held_out(output))
+
+    assert recorder.notes[-1].endswith(
+        f" is taken: from the held-out loss of {before:.4f} to {after:.4f}"
+    )
+
+
+def test_it_tells_that_no_step_was_made(two_bits: Path, run_two_bits: Run):
+    recorder = Recorder()
+
+    output = run_two_bits(recorder, budget=1e-6, budget_unit="minutes")
+
+    assert recorder.notes[-1].startswith("training: no step was made: the 16-bit")
+    with CheckpointReader(two_bits) as old, CheckpointReader(output) as new:
+        assert all(torch.equal(old.load(name), new.load(name)) for name in old)
+
+
 @pytest.mark.parametrize("train_what", ["magnitude", "lora"])
 def test_each_part_alone_wins_something_back(
     two_bits: Path, run_two_bits: Run, train_what: str
@@ -206,6 +225,7 @@ def test_it_stops_where_the_held_out_loss_gets_no_better(
     assert min(held_out(output)) == held_out(output)[0]
     # The listener is told of all the steps that were announced.
     assert recorder.phases["training"] == 50
+    assert recorder.notes[-1].startswith("training: none of 2 steps is better than")
     # The best state is the checkpoint as it was.
     with CheckpointReader(two_bits) as old, CheckpointReader(output) as new:
         assert all(torch.equal(old.load(name), new.load(name)) for name in old)
