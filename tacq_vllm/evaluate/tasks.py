@@ -33,12 +33,9 @@ class Protocol:
     @property
     def settings(self) -> dict[str, str]:
         """What scores that are compared must have in common."""
-        # Limited scores without it are of items from all but the end of a split.
-        chosen = {} if self.limit is None else {"items": "whole split"}
         return {
             "data": "Hub" if self.data_root is None else "folder",
             "window": str(self.window),
-            **chosen,
         }
 
 

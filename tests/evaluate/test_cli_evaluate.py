@@ -67,7 +67,6 @@ def test_every_task_beside_the_16_bit_model(
         "max_length": "4096",
         "data": "folder",
         "window": "64",
-        "items": "whole split",
         "dequantize": "yes",
     }
     assert {"lm-eval", "tacq-vllm", "torch"} <= written.versions.keys()
