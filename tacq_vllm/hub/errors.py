@@ -61,13 +61,12 @@ def hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
             "again with a connection, HF_HUB_OFFLINE unset"
         ) from error
     except (ConnectionError, HTTP_ERROR) as error:
+        reason, advice = f"no connection to the Hub: {one_line(error)}", _GOES_ON
         # hf_xet first asks for what a Hub without Xet does not have.
-        advice = (
-            "a Hub without Xet takes uploads with HF_HUB_DISABLE_XET=1"
-            if "xet-write-token" in str(error)
-            else _GOES_ON
-        )
-        raise HubError(f"{repo_id}: {one_line(error)}; {advice}") from error
+        if "xet-write-token" in str(error):
+            reason = one_line(error)
+            advice = "a Hub without Xet takes uploads with HF_HUB_DISABLE_XET=1"
+        raise HubError(f"{repo_id}: {reason}; {advice}") from error
     except RuntimeError as error:
         # What the client makes of a transfer that broke.
         chain = [part for part in (error, error.__cause__) if part is not None]

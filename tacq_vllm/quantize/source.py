@@ -45,7 +45,9 @@ def locate_model(model: str) -> ModelSource:
         return ModelSource(Path(snapshot_download(model, allow_patterns=_DOWNLOADED)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise QuantizeError(f"{model}: cannot be loaded: {reason}") from error
+        raise QuantizeError(
+            f"{model}: no folder here, and not to be had from the Hub: {reason}"
+        ) from error
 
 
 def locate_folder(model: str) -> Path:

@@ -152,7 +152,11 @@ def test_the_loss_alone_needs_no_harness_and_no_database(
             "each is for --backend hf",
         ),
         ("wikitext2", ["--baseline", "nowhere.json"], "nowhere.json"),
-        ("wikitext2", ["--baseline", "nowhere/x"], "nowhere/x: cannot be loaded"),
+        (
+            "wikitext2",
+            ["--baseline", "nowhere/x"],
+            "nowhere/x: no folder here, and not",
+        ),
     ],
 )
 def test_bad_options(

@@ -16,8 +16,8 @@ from tacq_vllm.hub.errors import HubError, hub_errors
         ),
         (
             ConnectionError("Network error: reset"),
-            "org/x: Network error: reset; the same command goes on where this one "
-            "stopped",
+            "org/x: no connection to the Hub: Network error: reset; the same command "
+            "goes on where this one stopped",
         ),
         (TimeoutError(), "org/x: TimeoutError"),
     ],

@@ -174,7 +174,7 @@ def test_refusals_have_one_line(hub: Hub, tacq: Tacq, pushed: str) -> None:
 def test_a_hub_that_is_not_there(tacq: Tacq) -> None:
     (outcome,) = tacq(["inspect", "org/any"], HF_ENDPOINT="http://127.0.0.1:9")
 
-    assert_one_line(outcome, "org/any: ")
+    assert_one_line(outcome, "org/any: no connection to the Hub: ")
 
 
 def test_transformers_computes_the_same(
