@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.evaluate.respondent import ItemScore, Respondent
@@ -31,8 +32,9 @@ def perplexity(
             f"{task}: a window of {window} tokens, more than the {runner.max_length} "
             f"that there is room for in {runner.name}: choose a smaller --window"
         )
-    text = "\n\n".join(documents)
-    ids = runner.tokenizer(text, verbose=False).input_ids
+    # The last tokens depend on what follows them: a window more is read.
+    needed = math.inf if limit is None else (limit + 1) * window
+    ids = _tokenize(runner.tokenizer, documents, needed)
     count = len(ids) // window
     if count == 0:
         raise EvaluateError(
@@ -58,3 +60,14 @@ def perplexity(
             limit=limit,
         )
     ]
+
+
+def _tokenize(tokenizer: Any, documents: Sequence[str], needed: float) -> list[int]:
+    """At least as many tokens of the text as are needed, where it has so many."""
+    count = len(documents) if needed == math.inf else 1
+    while True:
+        text = "\n\n".join(documents[:count])
+        ids: list[int] = tokenizer(text, verbose=False).input_ids
+        if len(ids) >= needed or count >= len(documents):
+            return ids
+        count *= 2

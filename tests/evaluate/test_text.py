@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,24 @@ def test_a_limit_takes_the_first_windows() -> None:
 
     assert [chr(one.context[0]) for one in runner.asked] == ["a", "c", "e"]
     assert score.limit == 3
+
+
+def test_a_limit_leaves_most_of_a_long_text_unread() -> None:
+    read: list[int] = []
+
+    class Reader(Parrot):
+        def tokenizer(self, text: str, **options: Any) -> Any:
+            read.append(len(text))
+            return super().tokenizer(text, **options)
+
+    few, all_of_them = Reader(), Parrot()
+    documents = [f"document {number}" for number in range(1000)]
+
+    perplexity("c4", documents, 25, 4, respond(few))
+    perplexity("c4", documents, 25, None, respond(all_of_them))
+
+    assert few.asked == all_of_them.asked[:4]
+    assert sum(read) < 500
 
 
 @pytest.mark.parametrize(
