@@ -26,6 +26,9 @@ OWN_GROUPS: tuple[Method, ...] = ("squeezellm", "spqr")
 SaliencyMetric = Literal["tacq", "qal", "msg", "grad", "fisher", "magnitude"]
 StorageDtype = Literal["bfloat16", "float16"]
 
+_MANY = 10**9
+"""More than anybody has samples, or tokens in one."""
+
 AnySection = TypeVar("AnySection", bound="Section")
 
 
@@ -46,10 +49,11 @@ class CalibrationConfig(Section):
     num_samples: int = Field(
         128,
         ge=1,
+        le=_MANY,
         description="Number of windows of running text; samples of a task, which stay "
         "whole, fill as many tokens.",
     )
-    seq_len: int = Field(2048, ge=2, description="Tokens in each window.")
+    seq_len: int = Field(2048, ge=2, le=_MANY, description="Tokens in each window.")
     packing: bool = Field(
         False,
         description="Join a task's samples and cut them into windows too: for many "
@@ -60,7 +64,7 @@ class CalibrationConfig(Section):
         description="Gradients of the loss on all tokens (paper), or on completions "
         "and the assistant's turns alone.",
     )
-    seed: int = Field(0, ge=0, description="Seed of sampling and generation.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of sampling and generation.")
     temperature: float = Field(
         0.7, gt=0.0, description="Sampling temperature of `self`."
     )

@@ -63,7 +63,7 @@ class LogListener:
     def phase_started(self, name: str, total: int) -> None:
         """Begin counting."""
         self._total, self._done, self._start = total, 0, perf_counter()
-        err.print(f"{name}: {total} steps", highlight=False)
+        err.print(f"{name}: {total} steps", highlight=False, markup=False)
 
     def phase_advanced(self, name: str, steps: int, detail: str) -> None:
         """Print the step."""
@@ -72,11 +72,12 @@ class LogListener:
         err.print(
             f"{name} {self._done}/{self._total}  {detail}  {left:.0f} s left",
             highlight=False,
+            markup=False,
         )
 
     def phase_finished(self, name: str, seconds: float) -> None:
         """Print how long the phase took."""
-        err.print(f"{name}: {seconds:.1f} s", highlight=False)
+        err.print(f"{name}: {seconds:.1f} s", highlight=False, markup=False)
 
     def noted(self, text: str) -> None:
         """Print the line."""
@@ -93,12 +94,12 @@ def open_listener(leads: bool) -> "Iterator[Listener | None]":
         yield LogListener()
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
     )
     with Progress(*columns, console=err) as bars:
         yield RichListener(bars)

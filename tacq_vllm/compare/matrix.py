@@ -69,6 +69,16 @@ class Cell(BaseModel):
             raise RecipeError(f"--option: recipes have no section {error}") from error
 
 
+_FLAGS = {
+    "method": "--methods",
+    "bits": "--bits",
+    "group_size": "--group-size",
+    "calibration.sources": "--calibration",
+    "calibration.seed": "--seeds",
+}
+"""What chooses fields that tell models apart."""
+
+
 @dataclass(frozen=True)
 class Matrix:
     """The choices that are combined."""
@@ -91,6 +101,7 @@ class Matrix:
         Raises:
             RecipeError: a choice is none that recipes know, or does not fit another.
         """
+        self._check_options()
         for method in self.methods:
             if method not in METHODS and method not in SALIENCIES:
                 known = ", ".join(dict.fromkeys(METHODS + SALIENCIES))
@@ -120,4 +131,14 @@ class Matrix:
             cell.model_copy(update={"group_size": cell.recipe(base).own_group_size})
             for cell in asked
         ]
+        if not cells:
+            raise RecipeError("nothing to compare: of some choice there is none")
         return list(dict.fromkeys(cells))
+
+    def _check_options(self) -> None:
+        for option in self.options.split():
+            name, equals, _ = option.partition("=")
+            if not equals:
+                raise RecipeError(f"--option {option}: give it as FIELD=VALUE")
+            if name in _FLAGS:
+                raise RecipeError(f"--option {option}: use {_FLAGS[name]}")

@@ -49,6 +49,10 @@ class SampleLog:
                     f"{path}, line {number}: not a line of a sample log; give another "
                     "file for --samples"
                 ) from error
+        if content and not whole:
+            raise EvaluateError(
+                f"{path}: no line of a sample log; give another file for --samples"
+            )
         if whole < len(content):
             # A killed run was about to write this line.
             with path.open("r+b") as file:

@@ -248,9 +248,12 @@ def _one_line(model: str, *kinds: type[Exception]) -> Iterator[None]:
     except (QuantizeError, MemoryError):
         raise
     except kinds as error:
+        words = " ".join(str(error).split())
         reason = str(error).strip().partition("\n")[0]
         if not isinstance(error, _EXPECTED):
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = f"{type(error).__name__}: {words}"
+        elif reason.endswith(":"):
+            reason = words
         raise QuantizeError(f"{model}: cannot be loaded: {reason}") from error
 
 

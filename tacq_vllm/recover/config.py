@@ -63,7 +63,9 @@ class RecoverConfig(Section):
     clip_norm: float = Field(
         1.0, gt=0.0, description="The gradient is scaled down to this norm."
     )
-    budget: float = Field(1.0, gt=0.0, description="How long to train, at most.")
+    budget: float = Field(
+        1.0, gt=0.0, allow_inf_nan=False, description="How long to train, at most."
+    )
     budget_unit: Literal["steps", "epochs", "minutes"] = Field(
         "epochs",
         description="Unit of the budget; minutes are those of training and of the "

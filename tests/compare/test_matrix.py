@@ -82,6 +82,27 @@ def test_an_unknown_method() -> None:
         matrix(methods=["magic"]).cells(Recipe())
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("gptq.grid_steps", "--option gptq.grid_steps: give it as FIELD=VALUE"),
+        ("bits=2", "--option bits=2: use --bits"),
+        ("calibration.seed=1", "--option calibration.seed=1: use --seeds"),
+    ],
+)
+def test_options_that_say_nothing_or_what_a_flag_says(
+    options: str, reason: str
+) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        matrix(options=options).cells(Recipe())
+
+
+@pytest.mark.parametrize("choice", ["methods", "bits", "seeds", "calibrations"])
+def test_a_choice_without_anything(choice: str) -> None:
+    with pytest.raises(RecipeError, match="nothing to compare"):
+        matrix(**{choice: []}).cells(Recipe())
+
+
 def test_two_sources_of_one_name() -> None:
     sources = ["a/train.txt", "a/train.txt", "b/train.txt"]
 

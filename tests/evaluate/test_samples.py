@@ -65,6 +65,19 @@ def test_another_model_is_asked_anew(tmp_path: Path) -> None:
     assert len(other.asked) == len(ITEMS)
 
 
+@pytest.mark.parametrize("text", ["text", '{"prompt": "a"}'])
+def test_a_file_of_one_line_without_its_end_is_left_alone(
+    tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text(text)
+
+    with pytest.raises(EvaluateError, match="no line of a sample log"):
+        SampleLog(path)
+
+    assert path.read_text() == text
+
+
 @pytest.mark.parametrize("line", ["text", "[1]", '{"no": "key"}'])
 def test_a_file_that_is_no_log(tmp_path: Path, line: str) -> None:
     path = tmp_path / "notes.txt"
