@@ -82,18 +82,19 @@ def compare(
     from transformers.utils import logging as transformers_logging
 
     from tacq_vllm.compare.report import write_report
-    from tacq_vllm.compare.run import Comparison
+    from tacq_vllm.compare.run import WORK_FOLDER, Comparison, check_folder
     from tacq_vllm.evaluate.backends import Backend
     from tacq_vllm.evaluate.tasks import Protocol, load_tasks
     from tacq_vllm.quantize.model import open_base_model
     from tacq_vllm.quantize.progress import Progress
     from tacq_vllm.quantize.workdir import WorkDir
 
+    check_folder(output)
     protocol = Protocol(data_root=data_root, limit=limit, window=window)
     loaded = load_tasks(split_names(tasks), protocol)
     transformers_logging.disable_progress_bar()
     own_device = torch_device(device)
-    workdir = WorkDir(work_dir or output / "work")
+    workdir = WorkDir(work_dir or output / WORK_FOLDER)
     comparison = Comparison(
         model=model,
         base=open_base_model(model, own_device, workdir),

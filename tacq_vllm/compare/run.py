@@ -14,6 +14,7 @@ from tacq_vllm.compare.matrix import Cell
 from tacq_vllm.compare.rows import Row, read_row, with_baselines, write_row
 from tacq_vllm.config import Recipe
 from tacq_vllm.evaluate.backends import Backend, open_runner
+from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.evaluate.evaluation import evaluate_model
 from tacq_vllm.evaluate.samples import SampleLog
 from tacq_vllm.evaluate.tasks import Measure, Protocol
@@ -21,14 +22,31 @@ from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.plot import plot_outliers
 from tacq_vllm.format.staging import passing_folder
 from tacq_vllm.quantize.model import BaseModel
+from tacq_vllm.quantize.passes import check_linears
 from tacq_vllm.quantize.pipeline import quantize_model
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.workdir import WorkDir, fingerprint
 from tacq_vllm.scores import Scores
 
 ROWS_FOLDER = "rows"
+WORK_FOLDER = "work"
 MAPS_FOLDER = "outliers"
 MODELS_FOLDER = "models"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds something other than a comparison.
+
+    Raises:
+        EvaluateError: saying so.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise EvaluateError(f"{folder}: a file; choose another --output")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if names and not names & {ROWS_FOLDER, WORK_FOLDER}:
+        raise EvaluateError(
+            f"{folder}: not empty, and no comparison; choose another --output"
+        )
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,8 @@ class Comparison:
             QuantizeError: a cell cannot be quantized.
             EvaluateError: a task does not fit the model.
         """
+        for cell in cells:
+            check_linears(self.base, cell.group_size)
         base = self._row(None, progress)
         for cell in cells:
             self._row(cell, progress)

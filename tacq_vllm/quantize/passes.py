@@ -83,20 +83,6 @@ class Passes:
         """Weights of all linears that are quantized."""
         return sum(linear.weight.numel() for linear in self.base.linears().values())
 
-    def check_linears(self, group_size: int) -> None:
-        """Refuse linears that cannot be cut into groups; call it before any pass.
-
-        Raises:
-            QuantizeError: naming the linear, the sizes and the remedy.
-        """
-        for name, linear in self.base.linears().items():
-            try:
-                check_linear_shape(
-                    name, linear.out_features, linear.in_features, group_size
-                )
-            except ValueError as error:
-                raise QuantizeError(str(error)) from error
-
     def gradients(self, power: int) -> Gradients:
         """Gradients of the 16-bit model on the calibration text, to some power."""
         depends = {
@@ -158,3 +144,18 @@ class Passes:
         if changes and folder.is_empty:
             self._progress.note(f"{name}: computed anew: {'; '.join(changes)}")
         return folder
+
+
+def check_linears(base: BaseModel, group_size: int) -> None:
+    """Refuse linears that cannot be cut into groups; call it before any pass.
+
+    Raises:
+        QuantizeError: naming the linear, the sizes and the remedy.
+    """
+    for name, linear in base.linears().items():
+        try:
+            check_linear_shape(
+                name, linear.out_features, linear.in_features, group_size
+            )
+        except ValueError as error:
+            raise QuantizeError(str(error)) from error

@@ -147,20 +147,35 @@ def test_bad_options(
     assert_one_line(compare(tiny_model, tmp_path / "out", root, **options), reason)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"group_size": "48"}, "q_proj: group_size 48 does not divide its 64"),
-        ({"calibration": "nowhere.txt"}, "nowhere.txt: no such file"),
-    ],
-)
-def test_a_cell_that_cannot_be_made(
-    tiny_model: Path, root: Path, tmp_path: Path, options: dict[str, str], reason: str
+def test_groups_that_do_not_fit_are_refused_at_once(
+    tiny_model: Path, root: Path, tmp_path: Path
 ) -> None:
-    result = compare(tiny_model, tmp_path / "out", root, **options)
+    result = compare(tiny_model, tmp_path / "out", root, group_size="32,48")
+
+    assert_one_line(result, "q_proj: group_size 48 does not divide its 64")
+    assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_a_folder_of_something_else(
+    tiny_model: Path, root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+
+    for output, reason in (
+        (tmp_path, "not empty, and no comparison"),
+        (tmp_path / "notes.txt", "a file; choose another --output"),
+    ):
+        assert_one_line(compare(tiny_model, output, root), reason)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_cell_that_cannot_be_made(
+    tiny_model: Path, root: Path, tmp_path: Path
+) -> None:
+    result = compare(tiny_model, tmp_path / "out", root, calibration="nowhere.txt")
 
     assert result.exit_code == 2
-    assert reason in result.stderr.splitlines()[-1]
+    assert "nowhere.txt: no such file" in result.stderr.splitlines()[-1]
     # The 16-bit model's row is there for the next run.
     (row,) = (tmp_path / "out" / "rows").iterdir()
     assert row.name.startswith("16-bit-")

@@ -13,13 +13,13 @@ from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.packed import Masks, PackedRounder
 from tacq_vllm.quantize.methods.rounding import Rounding
 from tacq_vllm.quantize.methods.tacq import quantize_keeping
-from tacq_vllm.quantize.passes import Passes
+from tacq_vllm.quantize.passes import Passes, check_linears
 from tacq_vllm.quantize.result import ClusterResult
 
 
 def quantize(passes: Passes) -> QuantizedBlocks:
     """Round every linear to clusters."""
-    passes.check_linears(passes.recipe.group_size)
+    check_linears(passes.base, passes.recipe.group_size)
     rounding = _rounding(passes)
     if passes.recipe.fineq.keep_outliers:
         return quantize_keeping(passes, rounding)

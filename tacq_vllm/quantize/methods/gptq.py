@@ -9,14 +9,14 @@ from tacq_vllm.quantize.gptq import quantize_matrix
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.packed import Masks, PackedRounder
 from tacq_vllm.quantize.methods.rounding import Rounding
-from tacq_vllm.quantize.passes import Passes
+from tacq_vllm.quantize.passes import Passes, check_linears
 from tacq_vllm.quantize.result import GridResult
 from tacq_vllm.quantize.world import World
 
 
 def quantize(passes: Passes) -> QuantizedBlocks:
     """GPTQ without kept weights."""
-    passes.check_linears(passes.recipe.group_size)
+    check_linears(passes.base, passes.recipe.group_size)
     return rounding(passes).quantize(passes)
 
 

@@ -8,14 +8,14 @@ from tacq_vllm.format.linear import PlanesLayout
 from tacq_vllm.quantize.grid import fit_grid
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.packed import PackedRounder
-from tacq_vllm.quantize.passes import Passes
+from tacq_vllm.quantize.passes import Passes, check_linears
 from tacq_vllm.quantize.result import GridResult
 
 
 def quantize(passes: Passes) -> QuantizedBlocks:
     """Round every linear to nearest."""
     recipe = passes.recipe
-    passes.check_linears(recipe.group_size)
+    check_linears(passes.base, recipe.group_size)
 
     def quantize_rows(W: Tensor, H: Tensor | None, kept: Tensor | None) -> GridResult:
         return round_to_nearest(

@@ -21,7 +21,7 @@ from tacq_vllm.quantize.methods.slim_grid import (
     fit_group,
     fit_simply,
 )
-from tacq_vllm.quantize.passes import Passes
+from tacq_vllm.quantize.passes import Passes, check_linears
 from tacq_vllm.quantize.result import SimulatedResult
 from tacq_vllm.quantize.rounder import GroupInputs
 from tacq_vllm.quantize.world import World
@@ -40,7 +40,7 @@ def quantize(passes: Passes) -> QuantizedBlocks:
     """Every linear by itself, on what those before it produce."""
     recipe = passes.recipe
     config = recipe.slim_llm
-    passes.check_linears(recipe.group_size)
+    check_linears(passes.base, recipe.group_size)
 
     def quantize_linear(
         name: str, W: Tensor, inputs: GroupInputs | None

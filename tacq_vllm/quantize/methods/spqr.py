@@ -20,7 +20,7 @@ from tacq_vllm.quantize.gptq import inverse_factor
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.simulated import SimulatedRounder
 from tacq_vllm.quantize.methods.spqr_grid import RangeGrid, fit_group
-from tacq_vllm.quantize.passes import Passes
+from tacq_vllm.quantize.passes import Passes, check_linears
 from tacq_vllm.quantize.result import SimulatedResult, sparse_bits
 from tacq_vllm.quantize.rounder import GroupInputs
 from tacq_vllm.quantize.world import World
@@ -39,7 +39,7 @@ def quantize(passes: Passes) -> QuantizedBlocks:
     """Every linear by itself, on what those before it produce."""
     recipe = passes.recipe
     config, bits = recipe.spqr, code_bits(recipe)
-    passes.check_linears(config.group_size)
+    check_linears(passes.base, config.group_size)
 
     def quantize_linear(
         name: str, W: Tensor, inputs: GroupInputs | None

@@ -12,7 +12,7 @@ from tacq_vllm.config_methods import SqueezeLlmConfig
 from tacq_vllm.quantize.kmeans import nearest_centers, weighted_kmeans
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.simulated import SimulatedRounder
-from tacq_vllm.quantize.passes import Passes
+from tacq_vllm.quantize.passes import Passes, check_linears
 from tacq_vllm.quantize.result import SimulatedResult, sparse_bits
 from tacq_vllm.quantize.rounder import GroupInputs
 from tacq_vllm.quantize.selection import select_top
@@ -22,7 +22,7 @@ def quantize(passes: Passes) -> QuantizedBlocks:
     """Gradients of the 16-bit model, then every linear by itself."""
     recipe, base, world = passes.recipe, passes.base, passes.world
     config = recipe.squeezellm
-    passes.check_linears(-1)
+    check_linears(passes.base, -1)
     fisher = passes.gradients(power=2)
     budget = int(config.outlier_ratio * passes.num_weights())
     far_out = select_top(

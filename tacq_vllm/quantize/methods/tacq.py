@@ -16,7 +16,7 @@ from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods import gptq
 from tacq_vllm.quantize.methods.packed import Masks
 from tacq_vllm.quantize.methods.rounding import Rounding
-from tacq_vllm.quantize.passes import Gradients, Passes
+from tacq_vllm.quantize.passes import Gradients, Passes, check_linears
 from tacq_vllm.quantize.saliency import (
     gradient_power,
     needs_gradients,
@@ -29,7 +29,7 @@ from tacq_vllm.quantize.workdir import fingerprint
 
 def quantize(passes: Passes) -> QuantizedBlocks:
     """GPTQ, the weights of the highest saliency kept."""
-    passes.check_linears(passes.recipe.group_size)
+    check_linears(passes.base, passes.recipe.group_size)
     return quantize_keeping(passes, gptq.rounding(passes))
 
 
