@@ -1,9 +1,7 @@
-import os
 import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -275,44 +273,6 @@ def quick(recipe: Recipe, **overrides: Any) -> Recipe:
     """A recipe changed in some fields, with as few samples as can be."""
     fields = {"calibration.num_samples": 2, "gptq.grid_steps": 4}
     return override_recipe(recipe, fields | overrides)
-
-
-@contextmanager
-def interrupted_at_file(count: int) -> Iterator[None]:
-    """Stop the body where its n-th file would get its name."""
-    seen = 0
-
-    def replace(source: Path, target: Path) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == count:
-            raise KeyboardInterrupt
-        os.rename(source, target)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        with suppress(KeyboardInterrupt):
-            yield
-    assert seen == count, "there are not so many files"
-
-
-@contextmanager
-def interrupted_at_removal(count: int) -> Iterator[None]:
-    """Stop the body where it would remove its n-th file of a phase."""
-    seen, remove = 0, PhaseFolder.remove
-
-    def stop(folder: PhaseFolder, name: str) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == count:
-            raise KeyboardInterrupt
-        remove(folder, name)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PhaseFolder, "remove", stop)
-        with suppress(KeyboardInterrupt):
-            yield
-    assert seen == count, "there are not so many removals"
 
 
 def open_model(model: Path, work_dir: Path) -> BaseModel:

@@ -193,9 +193,9 @@ def test_replicated_and_column_parallel_linears(as_rank):
     assert torch.equal(loaded_weight(column), dense["router"][64:])
 
 
-def merged_layer(config: TacqConfig) -> nn.Module:
+def merged_layer(config: TacqConfig, parent: str = "mlp") -> nn.Module:
     return vllm_linear.MergedColumnParallelLinear(
-        64, [128, 128], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
+        64, [128, 128], bias=False, quant_config=config, prefix=f"{parent}.gate_up_proj"
     )
 
 
@@ -366,13 +366,7 @@ def test_names_follow_a_model_in_a_model():
     outer = WeightsMapper(orig_to_new_prefix={"mlp.": "language_model.mlp."})
     config.apply_vllm_mapper(outer)
     config.apply_vllm_mapper(WeightsMapper())
-    layer = vllm_linear.MergedColumnParallelLinear(
-        64,
-        [128, 128],
-        bias=False,
-        quant_config=config,
-        prefix="language_model.mlp.gate_up_proj",
-    )
+    layer = merged_layer(config, "language_model.mlp")
     assert layer.quant_method.names == list(GATE_UP)
 
 
@@ -383,11 +377,5 @@ def test_names_follow_a_model_that_renames_its_modules():
     mapper = WeightsMapper(orig_to_new_prefix={"mlp.": "model.language.mlp."})
     config.apply_vllm_mapper(mapper)
     config.apply_vllm_mapper(mapper)
-    layer = vllm_linear.MergedColumnParallelLinear(
-        64,
-        [128, 128],
-        bias=False,
-        quant_config=config,
-        prefix="model.language.mlp.gate_up_proj",
-    )
+    layer = merged_layer(config, "model.language.mlp")
     assert layer.quant_method.names == list(GATE_UP)

@@ -17,12 +17,11 @@ from tests.builders import rewrite_tensors
 from tests.conftest import (
     Recorder,
     assert_released,
-    interrupted_at_file,
-    interrupted_at_removal,
     is_equal,
     open_model,
     random_samples,
 )
+from tests.interruptions import interrupted_at_file, interrupted_at_removal
 
 LENGTHS = (12, 5, 12, 30, 2)
 

@@ -24,13 +24,12 @@ from tests.builders import rewrite_tensors
 from tests.conftest import (
     Recorder,
     assert_released,
-    interrupted_at_file,
-    interrupted_at_removal,
     is_equal,
     open_model,
     quick,
     random_samples,
 )
+from tests.interruptions import interrupted_at_file, interrupted_at_removal
 
 LENGTHS = (30, 30, 12, 30, 5, 5)
 

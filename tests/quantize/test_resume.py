@@ -25,12 +25,12 @@ from tests.conftest import (
     Recorder,
     assert_released,
     contents,
-    interrupted_at_file,
     make_text,
     open_model,
     quick,
     run_pipeline,
 )
+from tests.interruptions import interrupted_at_file
 
 PHASES = {
     "self-generation": 3,

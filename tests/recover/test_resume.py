@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from tacq_vllm.cli import app
 from tacq_vllm.recover.config import RecoverConfig
-from tests.conftest import Recorder, contents, interrupted_at_file
+from tests.conftest import Recorder, contents
+from tests.interruptions import interrupted_at_file
 from tests.recover.conftest import STEPS, Run, train
 
 PROGRAM = "from tacq_vllm.cli import main; main()"
