@@ -23,6 +23,7 @@ from tacq_vllm.cli_options import (
     Output,
     SeqLen,
     WorkDirectory,
+    check_file,
     torch_device,
 )
 from tacq_vllm.terminal import (
@@ -197,6 +198,8 @@ def inspect(
         from tacq_vllm.format.inspection import inspect_checkpoint
         from tacq_vllm.hub.pull import checkpoint_headers
 
+        if plot is not None:
+            check_file("--plot", plot)
         with checkpoint_headers(checkpoint, revision) as folder:
             figures = inspect_checkpoint(folder)
         if plot is not None:
@@ -302,6 +305,9 @@ def _one_line_errors() -> Iterator[None]:
     expected = (*ours, DataError, EvaluateError, InputError, *theirs)
     try:
         yield
+    except BrokenPipeError:
+        # Who reads has seen enough (`tacq inspect DIR | head`): Typer ends quietly.
+        raise
     except (*expected, MemoryError, RuntimeError) as error:
         if _is_out_of_memory(error):
             reason = str(error) or type(error).__name__
@@ -311,7 +317,7 @@ def _one_line_errors() -> Iterator[None]:
             )
         if not isinstance(error, expected):
             raise
-        _fail(str(error))
+        _fail(_reason(error))
     except ModuleNotFoundError as error:
         _fail(f"{error}: pip install 'tacq-vllm[quantize,plots]'")
     except KeyboardInterrupt:
@@ -323,6 +329,13 @@ app.command("recover")(_one_line_errors()(cli_recover.recover_checkpoint))
 app.command("export")(_one_line_errors()(cli_convert.export_checkpoint))
 app.command("evaluate")(_one_line_errors()(cli_evaluate.evaluate))
 app.command("compare")(_one_line_errors()(cli_compare.compare))
+
+
+def _reason(error: Exception) -> str:
+    """What an error says; of one of the system, without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -10,6 +10,7 @@ from tacq_vllm.cli_options import (
     DataRoot,
     DeviceOption,
     InputError,
+    check_file,
     split_names,
     torch_device,
 )
@@ -106,10 +107,8 @@ def evaluate(
 
     if backend is BackendOption.vllm and (dequantize or device != DeviceOption.auto):
         raise InputError("--dequantize and --device: each is for --backend hf")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise InputError(f"--json {json_file}: there is no such folder")
-    if json_file is not None and json_file.is_dir():
-        raise InputError(f"--json {json_file}: a folder; give a file in it")
+    if json_file is not None:
+        check_file("--json", json_file)
     protocol = Protocol(data_root=data_root, limit=limit, window=window)
     engine = Backend(
         engine=backend.value,

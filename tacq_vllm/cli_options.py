@@ -67,6 +67,18 @@ def torch_device(option: DeviceOption) -> "torch.device":
     return torch.device("cuda" if use_cuda else "cpu")
 
 
+def check_file(option: str, path: Path) -> None:
+    """Refuse a file that could not be written when its content is known.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{option} {path}: there is no such folder")
+    if path.is_dir():
+        raise InputError(f"{option} {path}: a folder; give a file in it")
+
+
 def split_names(option: str) -> list[str]:
     """The names of a list with commas, each once."""
     names = (part.strip() for part in option.split(","))

@@ -211,6 +211,12 @@ class Recipe(Section):
         )
 
     @property
+    def reads_calibration(self) -> bool:
+        """Whether the method looks at calibration text at all."""
+        rounds_alone = self.method == "fineq" and self.fineq.rounding != "gptq"
+        return self.keeps_outliers or not (self.method == "rtn" or rounds_alone)
+
+    @property
     def sections_of_others(self) -> set[str]:
         """The sections that have no effect: other methods have their settings there."""
         sections = {"squeezellm", "spqr", "slim_llm", "fineq"}

@@ -1,6 +1,7 @@
 """The commands that show and check, and what all commands have in common."""
 
 import json
+import os
 import subprocess
 import sys
 from io import StringIO
@@ -142,6 +143,20 @@ def test_inspect_as_json(tiny_checkpoint: Path) -> None:
     assert shown["tensor_parallel_sizes"] == [1]
 
 
+def test_a_reader_that_has_seen_enough(tiny_checkpoint: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [TACQ, "inspect", tiny_checkpoint, "--json"]
+
+    result = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+
+    assert result.returncode == 1
+    assert result.stderr == ""
+
+
 @pytest.mark.parametrize(("sizes", "text"), [(None, "not stated"), ([], "none")])
 def test_inspect_where_no_parallel_size_is_stated(
     checkpoint_copy: Path, sizes: list[int] | None, text: str
@@ -190,7 +205,7 @@ def test_verify_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     result = tacq("verify", tmp_path / "nowhere")
 
     assert result.exit_code == 1
-    assert "nowhere/config.json: the file is missing" in result.stdout
+    assert "nowhere: there is no such folder" in result.stdout
 
 
 def test_notes_and_phases_on_a_terminal() -> None:
@@ -211,6 +226,7 @@ def test_notes_and_phases_on_a_terminal() -> None:
 def test_inspect_what_is_no_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
     assert_one_line(tacq("inspect", tiny_model), "not a TaCQ checkpoint")
     assert_one_line(tacq("inspect", tmp_path), "config.json: the file is missing")
+    assert_one_line(tacq("inspect", tmp_path / "nowhere"), "nowhere: there is no such")
 
 
 def test_inspect_a_damaged_checkpoint(checkpoint_copy: Path) -> None:
@@ -221,7 +237,10 @@ def test_inspect_a_damaged_checkpoint(checkpoint_copy: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("nowhere/kept.png", "No such file"), ("kept.xyz", "Format 'xyz' is not")],
+    [
+        ("nowhere/kept.png", "kept.png: there is no such folder"),
+        ("kept.xyz", "Format 'xyz' is not"),
+    ],
 )
 def test_a_picture_that_cannot_be_written(
     tiny_checkpoint: Path, tmp_path: Path, name: str, reason: str

@@ -21,6 +21,7 @@ from tacq_vllm.evaluate.tasks import Measure, Protocol
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.plot import plot_outliers
 from tacq_vllm.format.staging import passing_folder
+from tacq_vllm.quantize.calibration import check_sources
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.passes import check_linears
 from tacq_vllm.quantize.pipeline import quantize_model
@@ -88,15 +89,30 @@ class Comparison:
             QuantizeError: a cell cannot be quantized.
             EvaluateError: a task does not fit the model.
         """
-        for cell in cells:
-            check_linears(self.base, cell.group_size)
+        self._check(cells)
         base = self._row(None, progress)
         for cell in cells:
             self._row(cell, progress)
         files = sorted((self.folder / ROWS_FOLDER).glob("*.json"))
         rows = [row for file in files if (row := read_row(file)) is not None]
         like = [r for r in rows if (r.model, r.settings) == (base.model, base.settings)]
+        others = len(rows) - len(like)
+        if others:
+            progress.note(
+                f"{self.folder / ROWS_FOLDER}: {others} rows of another model, or "
+                "measured in another way, are not in this table"
+            )
         return with_baselines(like, base)
+
+    def _check(self, cells: Sequence[Cell]) -> None:
+        """Refuse, before the first hour of work, what would fail after it."""
+        for cell in cells:
+            check_linears(self.base, cell.group_size)
+        recipes = [cell.recipe(self.recipe) for cell in cells]
+        readers = [recipe for recipe in recipes if recipe.reads_calibration]
+        by_sources = {recipe.calibration.sources: recipe for recipe in readers}
+        for recipe in by_sources.values():
+            check_sources(self.base, recipe.calibration, self.protocol.data_root)
 
     def _row(self, cell: Cell | None, progress: Progress) -> Row:
         """A row with all tasks, of which earlier runs may have measured some."""

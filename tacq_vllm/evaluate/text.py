@@ -10,6 +10,9 @@ from tacq_vllm.evaluate.runner import Continuation
 from tacq_vllm.evaluate.statistics import Mean
 from tacq_vllm.scores import Score
 
+_LARGEST_LOSS = 700.0
+"""Of more the exponential is no float."""
+
 
 def perplexity(
     task: str,
@@ -49,6 +52,11 @@ def perplexity(
     scores = map(ItemScore, numbers, losses, [""] * len(losses))
     respondent.record(task, "loss", scores)
     mean = Mean.of(losses)
+    if mean.value > _LARGEST_LOSS:
+        raise EvaluateError(
+            f"{task}: a loss of {mean.value:.0f} nats a token, too large for a "
+            f"perplexity: the weights of {runner.name} are at fault"
+        )
     value = math.exp(mean.value)
     return [
         Score(

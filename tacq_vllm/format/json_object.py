@@ -15,9 +15,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        FormatError: the file is missing, too large, not UTF-8, or holds something else,
-            or an object in it has a key twice.
+        FormatError: the file or its folder is missing, or it is too large, not UTF-8,
+            or holds something else, or an object in it has a key twice.
     """
+    if not path.parent.is_dir():
+        raise FormatError(f"{path.parent}: there is no such folder")
     # Of a pipe or a device the end might never come.
     if not path.is_file():
         raise FormatError(f"{path}: the file is missing")

@@ -8,6 +8,7 @@ paper, appendix D and E).
 import json
 import random
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,21 @@ def calibrate(
     return samples
 
 
+def check_sources(
+    base: BaseModel, config: CalibrationConfig, data_root: Path | None
+) -> None:
+    """Read the sources that are not `self`, before any work, and keep nothing.
+
+    Raises:
+        QuantizeError: a source is unknown, cannot be read, or malformed.
+    """
+    reader = _reader(base, config, data_root)
+    with _data_errors():
+        for source in config.sources:
+            if source != SELF:
+                reader.read(source)
+
+
 def calibration_samples(
     base: BaseModel,
     config: CalibrationConfig,
@@ -94,10 +110,8 @@ def calibration_samples(
     if PHASE in folder:
         progress.note(f"{PHASE}: taken from the work folder")
     else:
-        try:
+        with _data_errors():
             samples = list(_all_sources(base, config, data_root, progress))
-        except DataError as error:
-            raise QuantizeError(str(error)) from error
         random.Random(config.seed).shuffle(samples)
         _save(samples, folder)
     return _load(folder)
@@ -109,19 +123,19 @@ def _all_sources(
     data_root: Path | None,
     progress: Progress,
 ) -> Iterator[Sample]:
-    reader = SampleReader(
-        base.tokenizer, config.loss == "completion", data_root, config.seed
-    )
+    reader = _reader(base, config, data_root)
     limit = getattr(base.model.config, "max_position_embeddings", None)
     for index, source in enumerate(config.sources):
         count = len(range(index, config.num_samples, len(config.sources)))
         if count == 0:
             continue
         if source == SELF:
+            _check_window(config.seq_len, limit)
             yield from map(Sample.of, generate_windows(base, config, count, progress))
             continue
         found = reader.read(source)
         if found.is_text or config.packing:
+            _check_window(config.seq_len, limit)
             chosen = cut_windows(found.samples, config.seq_len, count, config.seed)
         else:
             chosen = take_whole(found.samples, count * config.seq_len, limit)
@@ -140,6 +154,29 @@ def _all_sources(
                 f"{limit} positions"
             )
         yield from chosen.samples
+
+
+def _reader(
+    base: BaseModel, config: CalibrationConfig, data_root: Path | None
+) -> SampleReader:
+    completions_only = config.loss == "completion"
+    return SampleReader(base.tokenizer, completions_only, data_root, config.seed)
+
+
+@contextmanager
+def _data_errors() -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise QuantizeError(str(error)) from error
+
+
+def _check_window(seq_len: int, limit: int | None) -> None:
+    if limit is not None and seq_len > limit:
+        raise QuantizeError(
+            f"windows of {seq_len} tokens, more than the model's {limit} positions: "
+            "choose a smaller --seq-len"
+        )
 
 
 @dataclass(frozen=True)

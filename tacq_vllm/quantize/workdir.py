@@ -152,12 +152,18 @@ def open_workdir(folder: Path | None, output: Path, world: World) -> Iterator[Wo
     """Use `folder`, which stays, or a hidden one beside `output`.
 
     The hidden one goes when the body has succeeded; the next run with the same output
-    finds what a failed one has left.
+    finds what a failed one has left, if it has left anything of use.
     """
     chosen = folder or output.absolute().parent / f".{output.absolute().name}.work"
-    yield WorkDir(chosen)
+    goes = folder is None and world.leads
+    try:
+        yield WorkDir(chosen)
+    except BaseException:
+        if goes and not any(chosen.rglob("*.safetensors")):
+            shutil.rmtree(chosen, ignore_errors=True)
+        raise
     world.wait()
-    if folder is None and world.leads:
+    if goes:
         shutil.rmtree(chosen, ignore_errors=True)
 
 

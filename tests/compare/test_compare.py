@@ -123,6 +123,7 @@ def test_rows_measured_otherwise_are_not_in_the_table(
 
     assert result.exit_code == 0, result.output
     assert len(result.stdout.splitlines()) == 4
+    assert "measured in another way, are not in this table" in result.stderr
 
 
 def test_no_paths_are_told(tiny_model: Path, root: Path, output: Path) -> None:
@@ -169,13 +170,33 @@ def test_a_folder_of_something_else(
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_source_that_cannot_be_read_is_refused_at_once(
+    tiny_model: Path, root: Path, tmp_path: Path
+) -> None:
+    result = compare(tiny_model, tmp_path / "out", root, calibration="c4,nowhere.txt")
+
+    assert_one_line(result, "nowhere.txt: no such file")
+    assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_a_source_that_no_method_reads(
+    tiny_model: Path, root: Path, tmp_path: Path
+) -> None:
+    options = {"methods": "rtn", "calibration": "nowhere.txt"}
+
+    result = compare(tiny_model, tmp_path / "out", root, **options)
+
+    assert result.exit_code == 0, result.output
+
+
 def test_a_cell_that_cannot_be_made(
     tiny_model: Path, root: Path, tmp_path: Path
 ) -> None:
-    result = compare(tiny_model, tmp_path / "out", root, calibration="nowhere.txt")
+    # Longer than the model's positions: known when its windows are cut.
+    result = compare(tiny_model, tmp_path / "out", root, seq_len=4096)
 
     assert result.exit_code == 2
-    assert "nowhere.txt: no such file" in result.stderr.splitlines()[-1]
+    assert "choose a smaller --seq-len" in result.stderr.splitlines()[-1]
     # The 16-bit model's row is there for the next run.
     (row,) = (tmp_path / "out" / "rows").iterdir()
     assert row.name.startswith("16-bit-")

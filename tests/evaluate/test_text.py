@@ -1,9 +1,11 @@
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from tacq_vllm.evaluate.errors import EvaluateError
+from tacq_vllm.evaluate.runner import Continuation, Likelihood
 from tacq_vllm.evaluate.text import perplexity
 from tests.evaluate.conftest import Parrot, respond
 
@@ -64,3 +66,13 @@ def test_a_single_window_has_no_standard_error() -> None:
     (score,) = perplexity("c4", ["abcd"], 4, None, respond(Parrot()))
 
     assert score.stderr is None
+
+
+def test_a_loss_that_has_no_perplexity() -> None:
+    class Wrong(Parrot):
+        def likelihoods(self, asked: Sequence[Continuation]) -> Iterator[Likelihood]:
+            for one in asked:
+                yield Likelihood(-800.0 * len(one.tokens), greedy=False)
+
+    with pytest.raises(EvaluateError, match="a loss of 800 nats a token, too large"):
+        perplexity("c4", ["abcdefgh"], 4, None, respond(Wrong()))

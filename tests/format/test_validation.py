@@ -109,7 +109,7 @@ def test_every_linear_at_fault_has_a_line(
 def test_missing_folder(tmp_path: Path) -> None:
     (line,) = find_faults(tmp_path / "nowhere")
 
-    assert line.endswith("config.json: the file is missing")
+    assert line.endswith("there is no such folder")
 
 
 def test_truncated_weights(checkpoint_copy: Path) -> None:

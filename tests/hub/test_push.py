@@ -304,7 +304,7 @@ def test_what_is_refused(hub: Hub, tacq: Tacq, copy: Path, tmp_path: Path) -> No
 
     reasons = [
         "safetensors: truncated or not safetensors",
-        "nowhere/config.json: the file is missing; see `tacq verify`",
+        "nowhere: there is no such folder; see `tacq verify`",
         "scores.json: scores: Field required",
         "README.md: its metadata is not valid, mend it first: ",
         "org/public: is public already; make it private on its page",

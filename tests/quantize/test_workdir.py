@@ -183,6 +183,18 @@ def test_the_hidden_folder_of_a_failed_run_is_found_again(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_fails_at_once_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with open_workdir(None, tmp_path / "out", World()) as work:
+            work.phase("calibration", {"seed": 0})
+            raise QuantizeError("no such source")
+
+    with pytest.raises(QuantizeError, match="no such source"):
+        fail()
+
+    assert not list(tmp_path.iterdir())
+
+
 def test_outputs_have_hidden_folders_of_their_own(tmp_path: Path) -> None:
     with (
         open_workdir(None, tmp_path / "a", World()) as first,
