@@ -11,7 +11,6 @@ hundreds. Writes a JSON list and prints a Markdown table.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from gpu_peers import gpu_kernels
+from machine import device_name
 from peers import MANY, Kernel, copies, int4_kernels, sixteen_bit_kernels
 from torch import Tensor
 
@@ -62,8 +62,7 @@ def main() -> None:
     torch.set_default_device(arguments.device)
     on_gpu = arguments.device == "cuda"
     bandwidth = read_bandwidth()
-    name = f"{cpu_name()}, {arguments.threads} threads"
-    device = {"device": torch.cuda.get_device_name() if on_gpu else name}
+    device = {"device": device_name(arguments.device, arguments.threads)}
     ways = ["triton"] if on_gpu else arguments.activations.split(",")
     rows: list[dict[str, Any]] = []
     for n, k in (nk for name in arguments.shapes.split(",") for nk in SHAPES[name]):
@@ -233,16 +232,6 @@ def clone(packed: PackedLinear | ClusteredLinear) -> PackedLinear | ClusteredLin
     """The same weight elsewhere in memory."""
     tensors = {name: tensor.clone() for name, tensor in packed.tensors().items()}
     return replace(packed, **tensors)
-
-
-def cpu_name() -> str:
-    """Model name of the processor."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

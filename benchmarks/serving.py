@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import transformers
+from machine import device_name
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tacq_vllm.format.schema import QuantizationSchema
@@ -75,6 +76,7 @@ def main() -> None:
         return
 
     rows = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in arguments.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
             plain, packed = Path(folder) / "plain", Path(folder) / "packed"
@@ -88,7 +90,7 @@ def main() -> None:
             "model": name,
             "bits": arguments.bits,
             "group_size": arguments.group_size,
-            "device": device_name(),
+            "device": device_name(device, torch.get_num_threads()),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "date": time.strftime("%Y-%m-%d"),
@@ -99,13 +101,6 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
     arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def device_name() -> str:
-    """The GPU, or how many processors there are."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} CPU cores"
 
 
 def write_configs(config: LlamaConfig, bits: int, group_size: int, folder: str) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import httpx
 import psutil
 
+from benchmarks.machine import device_name
 from examples.serve_and_ask import serve
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
@@ -227,8 +228,7 @@ def percentile(values: list[float], percent: int) -> float:
 def environment() -> dict[str, Any]:
     """What the figures hold for."""
     return {
-        "cpu_cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
+        "device": device_name("cpu", os.cpu_count() or 1),
         "python": platform.python_version(),
         "torch": version("torch"),
         "vllm": version("vllm"),

@@ -12,7 +12,7 @@ SCRIPTS = [
     for path in sorted(BENCHMARKS.glob("*.py"))
     if "__main__" in path.read_text()
 ]
-OPTIONAL = {"accelerate", "httpx", "matplotlib", "psutil"}
+OPTIONAL = {"accelerate", "cpuinfo", "httpx", "matplotlib", "psutil"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
