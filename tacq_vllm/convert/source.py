@@ -17,8 +17,8 @@ from tacq_vllm.convert.gptq import GptqLayout
 from tacq_vllm.convert.layout import Layout, SourceLinear
 from tacq_vllm.format.checkpoint import CONFIG_NAME
 from tacq_vllm.format.json_object import read_json
+from tacq_vllm.format.parallel import fused_modules, half_quantized
 from tacq_vllm.format.schema import check_linear_shape
-from tacq_vllm.quantize.blocks import group_linears
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.weights import WeightFiles, open_weights
 
@@ -54,13 +54,9 @@ class Source:
                     f"{name}: not a linear of the decoder's blocks as Transformers has "
                     "them: experts and lm_head cannot be imported"
                 )
-        for group in group_linears(known):
-            left = [name for name in group if name not in names]
-            if left and len(left) < len(group):
-                raise QuantizeError(
-                    f"{left[0]}: is not quantized, and others that engines fuse it "
-                    "with are: quantize all or none"
-                )
+        for module in fused_modules(known):
+            for fault in half_quantized(module, names):
+                raise QuantizeError(fault)
         linears = {name: linear for name, linear in known.items() if name in names}
         for name, linear in linears.items():
             out_features, in_features = linear.weight.shape

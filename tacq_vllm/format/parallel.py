@@ -1,6 +1,6 @@
-"""The tensor-parallel sizes that a checkpoint can be cut for (SPEC.md, note 3)."""
+"""How engines fuse and cut linears, and for how many ranks (SPEC.md, note 3)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 from tacq_vllm.format.stored import Layout
 
@@ -13,9 +13,33 @@ _CUT_BY_COLUMNS = ("o_proj", "down_proj")
 """Cut along `in`: they take what the other linears of their block give."""
 
 
-def fused_with(leaf: str) -> tuple[str, ...]:
-    """All linears of the module that engines put a linear into, by last names."""
-    return next((group for group in _FUSED_GROUPS if leaf in group), (leaf,))
+def fused_modules(linears: Iterable[str]) -> list[tuple[str, ...]]:
+    """Group linears, by full name, as engines fuse them; most stand alone."""
+    modules: dict[tuple[str, ...], list[str]] = {}
+    for name in linears:
+        parent, _, leaf = name.rpartition(".")
+        group = next((group for group in _FUSED_GROUPS if leaf in group), (leaf,))
+        modules.setdefault((parent, *group), []).append(name)
+    return [tuple(names) for names in modules.values()]
+
+
+def half_quantized(module: Iterable[str], quantized: Container[str]) -> tuple[str, ...]:
+    """Say of each linear that is left out of a quantized module that it is.
+
+    Args:
+        module: the linears that are fused in it, by full name.
+        quantized: the names of those that are quantized.
+    """
+    parts = tuple(module)
+    done = next((name for name in parts if name in quantized), None)
+    if done is None:
+        return ()
+    return tuple(
+        f"{name}: not quantized, but {done}, with which engines fuse it, is: quantize "
+        "both or neither"
+        for name in parts
+        if name not in quantized
+    )
 
 
 def tensor_parallel_sizes(

@@ -11,7 +11,7 @@ from pathlib import Path
 from tacq_vllm.format.checkpoint import CONFIG_NAME, CheckpointReader, read_schema
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.layouts import layout_of, linear_specs, tensor_names
-from tacq_vllm.format.parallel import fused_with
+from tacq_vllm.format.parallel import fused_modules, half_quantized
 from tacq_vllm.format.schema import FormatError, QuantizationSchema, printable
 from tacq_vllm.format.skeleton import Skeleton, read_skeleton
 from tacq_vllm.format.stored import StoredLinear
@@ -100,14 +100,11 @@ def header_faults(
                     f"{stored.file_name}: {name} is {stored.dtype_name} "
                     f"{list(stored.shape)}, not {spec.dtype} {list(spec.shape)}"
                 )
-        parent, _, leaf = linear.rpartition(".")
-        for other in fused_with(leaf):
-            sibling = f"{parent}.{other}"
-            if sibling not in schema.linears and f"{sibling}.weight" in reader:
-                yield (
-                    f"{CONFIG_NAME}: {sibling}: not quantized, but {linear}, with "
-                    "which it is fused, is"
-                )
+    weights = (name for name in reader if name.endswith(".weight"))
+    dense = (name.removesuffix(".weight") for name in weights)
+    for module in fused_modules(dict.fromkeys([*schema.linears, *dense])):
+        for fault in half_quantized(module, schema.linears):
+            yield f"{CONFIG_NAME}: {fault}"
     known = {*tensor_names(schema), "bias"}
     for name in reader:
         linear, _, suffix = name.rpartition(".")

@@ -17,7 +17,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from tacq_vllm.format.parallel import fused_with
+from tacq_vllm.format.parallel import fused_modules
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
 
@@ -104,13 +104,8 @@ def batch_windows(windows: Sequence[Tensor], tokens: int) -> list[Tensor]:
 
 
 def group_linears(linears: dict[str, nn.Linear]) -> list[dict[str, nn.Linear]]:
-    """Split a block's linears into groups that share their input."""
-    groups: dict[tuple[str, ...], dict[str, nn.Linear]] = {}
-    for name, linear in linears.items():
-        parent, _, leaf = name.rpartition(".")
-        # What is fused shares its input.
-        groups.setdefault((parent, *fused_with(leaf)), {})[name] = linear
-    return list(groups.values())
+    """Split a block's linears into groups that share their input, as fused ones do."""
+    return [{name: linears[name] for name in names} for names in fused_modules(linears)]
 
 
 def run_block(

@@ -267,7 +267,7 @@ def swap_columns(order: Tensor) -> Tensor:
             of_tensors(
                 lambda t: t.update({f"{LINEAR}.weight": t.pop(f"{LINEAR}.qweight")})
             ),
-            f"{LINEAR}: is not quantized, and others that engines fuse it with are",
+            f"{LINEAR}: not quantized, but ",
         ),
         (
             of_tensors(replace(f"{LINEAR}.qzeros", put(0, 1))),

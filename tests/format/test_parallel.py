@@ -2,7 +2,11 @@ import pytest
 
 from tacq_vllm.format.clustered import ClusteredLayout
 from tacq_vllm.format.linear import PlanesLayout
-from tacq_vllm.format.parallel import tensor_parallel_sizes
+from tacq_vllm.format.parallel import (
+    fused_modules,
+    half_quantized,
+    tensor_parallel_sizes,
+)
 
 PLANES = PlanesLayout(3)
 
@@ -59,6 +63,17 @@ def test_sizes(linears, group_size, heads, kv_heads, sizes):
     for stored in (linears, fused(linears)):
         found = tensor_parallel_sizes(stored, group_size, heads, kv_heads, PLANES)
         assert found == sizes
+
+
+def test_what_is_left_out_of_a_quantized_module_is_named_once():
+    names = [name for name in llama(64, 128, 16, 4, 2) if "down_proj" not in name]
+    qkv, o, gate_up = fused_modules(reversed(names))[::-1]
+    assert (len(qkv), len(o), len(gate_up)) == (3, 1, 2)
+
+    quantized = {name for name in names if "v_proj" not in name}
+    (fault,) = half_quantized(qkv, quantized)
+    assert fault.startswith("model.layers.0.self_attn.v_proj: not quantized, but ")
+    assert half_quantized(gate_up, quantized) == half_quantized(o, set()) == ()
 
 
 def test_an_unknown_linear_may_be_cut_in_any_way():

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
+from tacq_vllm.format.parallel import half_quantized
 from tacq_vllm.format.schema import (
     QUANT_METHOD,
     FormatError,
@@ -126,16 +127,12 @@ class TacqConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         names = self._parts(prefix)
-        stored = [self._stored_names.get(name) for name in names]
-        if not any(stored):
+        if not any(name in self._stored_names for name in names):
             return UnquantizedLinearMethod()
-        for name, known in zip(names, stored, strict=True):
-            if known is None:
-                refuse(
-                    f"{prefix}: {name} is not quantized, but what it is fused with is"
-                )
-        stored_names = [name for name in stored if name]
-        return TacqLinearMethod(self.schema, stored_names, self._files, self._summary)
+        for fault in half_quantized(names, self._stored_names):
+            refuse(fault)
+        stored = [self._stored_names[name] for name in names]
+        return TacqLinearMethod(self.schema, stored, self._files, self._summary)
 
     def _check_experts(self) -> None:
         """Leave a block's experts as they are; refuse quantized ones."""
