@@ -12,6 +12,16 @@ from tacq_vllm.format.checkpoint import CONFIG_NAME
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.schema import FormatError
 
+_BLOCK_COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layers",
+    "n_layer",
+    "encoder_layers",
+    "decoder_layers",
+)
+"""What the configurations of Transformers call the number of blocks."""
+
 
 @dataclass(frozen=True)
 class Skeleton:
@@ -43,11 +53,9 @@ def read_skeleton(folder: Path, num_tensors: int) -> Skeleton | None:
     model_class = _model_class(content)
     if model_class is None:
         return None
-    # Some configurations hold a list of all blocks, of vision ones too.
-    for part in (content, *content.values()):
-        if isinstance(part, dict):
-            _check_blocks(part.get("num_hidden_layers"), num_tensors)
-    return _build(folder, model_class, num_tensors)
+    # Before it is read: some configurations then hold a list of all blocks.
+    _check_blocks(content, num_tensors)
+    return _build(folder, model_class)
 
 
 def _model_class(content: dict[str, Any]) -> Any:
@@ -71,30 +79,30 @@ def _model_class(content: dict[str, Any]) -> Any:
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
 
 
-def _check_blocks(blocks: object, num_tensors: int) -> None:
-    """Refuse a model that would take long to build for nothing."""
-    if isinstance(blocks, int) and blocks > num_tensors:
-        raise FormatError(
-            f"{CONFIG_NAME}: {blocks} blocks, but the files hold {num_tensors} tensors"
-        )
+def _check_blocks(content: dict[str, Any], num_tensors: int) -> None:
+    """Refuse a model, or one inside it, that would take long to build for nothing."""
+    parts = [content]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for blocks in map(part.get, _BLOCK_COUNTS):
+            if isinstance(blocks, int) and blocks > num_tensors:
+                raise FormatError(
+                    f"{CONFIG_NAME}: {blocks} blocks, but the files hold {num_tensors} "
+                    "tensors"
+                )
 
 
-def _build(folder: Path, model_class: Any, num_tensors: int) -> Skeleton | None:
+def _build(folder: Path, model_class: Any) -> Skeleton | None:
     import torch
     from transformers import AutoConfig
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        _check_blocks(
-            getattr(config.get_text_config(), "num_hidden_layers", 0), num_tensors
-        )
         # Others may be code that is fetched.
         config._attn_implementation = "eager"
         with torch.device("meta"):
             model = model_class(config)
-    except FormatError:
-        raise
     # Nobody knows what a model's code raises for sizes that a stranger made up.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

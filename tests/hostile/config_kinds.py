@@ -209,6 +209,11 @@ KINDS = [
         (CONFIG, "1000000000 blocks, but the files hold"),
     ),
     Kind(
+        "blocks by another name, deeper down",
+        set_config(text_config={"text_config": {"n_layer": 10**9}}),
+        (CONFIG, "1000000000 blocks, but the files hold"),
+    ),
+    Kind(
         "half of what is fused",
         _keep_whole(UP),
         (CONFIG, f"{UP}: not quantized, but {GATE}"),
