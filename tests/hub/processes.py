@@ -1,12 +1,10 @@
 """Processes that import the Hub's client anew, but little else that takes long.
 
-The client reads its settings from the environment when it is imported. A program, this
-module, imports the rest once, and forks a process for each request, a line of JSON.
+The client reads its settings from the environment when it is imported: a program, this
+module, imports the rest, and each process of `tests.forking` the client.
 """
 
 import importlib
-import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.forking import answer_requests, ask
 
 _ROOT = Path(__file__).parents[2]
 _SLOW_IMPORTS = [
@@ -42,19 +42,15 @@ class Processes:
 
     def run(self, code: str, environment: dict[str, str], *arguments: str) -> Finished:
         """Run code to its end."""
-        assert self._program.stdin is not None
-        assert self._program.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-            request = {
-                "code": code,
-                "environment": environment,
-                "arguments": arguments,
-                "outputs": [str(output) for output in outputs],
-            }
-            self._program.stdin.write(json.dumps(request) + "\n")
-            self._program.stdin.flush()
-            exit_code = int(self._program.stdout.readline())
+            exit_code = ask(
+                self._program,
+                code=code,
+                environment=environment,
+                arguments=arguments,
+                outputs=[str(output) for output in outputs],
+            )
             return Finished(exit_code, *(output.read_text() for output in outputs))
 
 
@@ -88,12 +84,7 @@ def main() -> None:
     for name in _SLOW_IMPORTS:
         importlib.import_module(name)
     assert "huggingface_hub" not in sys.modules
-    fork = multiprocessing.get_context("fork")
-    for line in sys.stdin:
-        process = fork.Process(target=_execute, kwargs=json.loads(line))
-        process.start()
-        process.join()
-        print(process.exitcode, flush=True)
+    answer_requests(_execute)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tacq_vllm.integrations.transformers  # noqa: F401
+from tests import forking
 from tests.conftest import VOCAB_SIZE
 from tests.integrations.vllm_worker import NEW_TOKENS
 from tests.serving import ENVIRONMENT
@@ -87,19 +88,15 @@ class Worker:
         self._count += 1
         log, file = self._folder / "log", self._folder / f"answer{self._count}"
         logged = log.stat().st_size
-        request = {
-            "function": function,
-            "folder": str(checkpoint),
-            "options": options,
-            "prompts": make_prompts(),
-            "answers": str(file),
+        code = forking.ask(
+            self._process,
+            function=function,
+            folder=str(checkpoint),
+            options=options,
+            prompts=make_prompts(),
+            answers=str(file),
             **arguments,
-        }
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
+        )
         return Answer(code, file, log.read_bytes()[logged:].decode())
 
 

@@ -1,16 +1,16 @@
 """Running vLLM; a program, which the tests of models and features start.
 
 vLLM takes long to import, and its CPU backend does not start anew in a process that
-numba's compiler has been loaded into: this imports it once, and forks a process for
-each request, a line of JSON that names a function here.
+numba's compiler has been loaded into: this imports it once, and each process of
+`tests.forking` runs it. A request names a function here.
 """
 
 import json
-import multiprocessing
 import os
-import sys
 from pathlib import Path
 from typing import Any
+
+from tests.forking import answer_requests
 
 NEW_TOKENS = 12
 
@@ -89,14 +89,7 @@ def main() -> None:
     import vllm.v1.engine.llm_engine  # noqa: F401
 
     functions = {f.__name__: f for f in (generate, embed, evaluate)}
-    fork = multiprocessing.get_context("fork")
-    for line in sys.stdin:
-        request = json.loads(line)
-        function = functions[request.pop("function")]
-        process = fork.Process(target=function, kwargs=request)
-        process.start()
-        process.join()
-        print(process.exitcode, file=replies, flush=True)
+    answer_requests(lambda function, **request: functions[function](**request), replies)
 
 
 if __name__ == "__main__":
