@@ -1,6 +1,5 @@
 """A model that vLLM runs, in this process; the only module here that imports vLLM."""
 
-import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -13,6 +12,7 @@ from tacq_vllm import __version__
 from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.evaluate.loading import model_identity, model_name, opened
 from tacq_vllm.evaluate.runner import Continuation, Likelihood, Prompt
+from tacq_vllm.kernels.activations import activations
 
 _TOGETHER = 32
 """Requests that are handed to the engine at once; then the log is written."""
@@ -32,9 +32,7 @@ class VllmRunner:
         self.tokenizer = engine.get_tokenizer()
         self.max_length = max_length
         self.dtype = dtype
-        rounding = os.environ.get("TACQ_CPU_ACTIVATIONS", "")
-        arithmetic = (dtype, current_platform.device_type, rounding)
-        self.identity = f"{identity} vllm {' '.join(arithmetic)}"
+        self.identity = identity
         self.versions = {"tacq-vllm": __version__} | {
             package: version(package) for package in ("torch", "transformers", "vllm")
         }
@@ -91,6 +89,10 @@ def open_vllm(model: str, dtype: str, max_length: int) -> VllmRunner:
     with opened(model) as source:
         if source.gguf:
             raise EvaluateError(f"{model}: vLLM reads no GGUF: use --backend hf")
+        arithmetic = [dtype, current_platform.device_type]
+        if current_platform.is_cpu():
+            arithmetic.append(activations())
+        identity = f"{model_identity(source)} vllm {' '.join(arithmetic)}"
         config = AutoConfig.from_pretrained(source.folder)
         positions = getattr(config, "max_position_embeddings", max_length + 1)
         # Scoring a prompt takes a new token too, which nobody reads.
@@ -104,6 +106,4 @@ def open_vllm(model: str, dtype: str, max_length: int) -> VllmRunner:
             # Compiled, even an unquantized model gave wrong text on the CPU.
             enforce_eager=current_platform.is_cpu(),
         )
-    return VllmRunner(
-        engine, model_name(model), model_identity(source), dtype, length - 1
-    )
+    return VllmRunner(engine, model_name(model), identity, dtype, length - 1)

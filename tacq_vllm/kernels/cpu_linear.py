@@ -16,7 +16,6 @@ PyTorch's product.
 """
 
 import functools
-import os
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch.nn.functional import pad
 
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
+from tacq_vllm.kernels.activations import activations
 from tacq_vllm.kernels.cpu_clusters import clusters_weight
 from tacq_vllm.kernels.cpu_exact import compile_dequantize, compile_linear
 from tacq_vllm.kernels.cpu_int8 import int8_linear, int8_name, int8_supports
@@ -34,8 +34,6 @@ from tacq_vllm.kernels.cpu_planes import planes_weight
 from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows
 from tacq_vllm.kernels.openmp import find_openmp, get_openmp
 from tacq_vllm.kernels.reference import BLOCK_WEIGHTS
-
-ACTIVATIONS_VARIABLE = "TACQ_CPU_ACTIVATIONS"
 
 MAX_FUSED_TOKENS = 8
 """Rows of x up to which the exact kernel multiplies weights in registers."""
@@ -168,15 +166,6 @@ def _rounds(x_dtype: torch.dtype, weight: CpuWeight) -> bool:
     return (
         x_dtype != torch.float32 and activations() == "int8" and int8_supports(weight)
     )
-
-
-@functools.cache
-def activations() -> str:
-    """What x in 16 bits becomes: `int8`, or `exact`: it is multiplied as it is."""
-    chosen = os.environ.get(ACTIVATIONS_VARIABLE, "int8")
-    if chosen not in ("int8", "exact"):
-        raise ValueError(f"{ACTIVATIONS_VARIABLE}={chosen}: int8 or exact is expected")
-    return chosen
 
 
 @functools.cache

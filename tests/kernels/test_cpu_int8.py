@@ -18,6 +18,7 @@ if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
 from tacq_vllm.kernels import cpu_linear as kernel
+from tacq_vllm.kernels.activations import ACTIVATIONS_VARIABLE
 from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear, int8_supports
 from tacq_vllm.kernels.cpu_linear import multiply
 from tacq_vllm.kernels.cpu_planes import planes_weight
@@ -211,11 +212,11 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random_input(3, 64, dtype=torch.bfloat16)
     rounded = multiply(x, packed, None)
     kernel.activations.cache_clear()
-    monkeypatch.setenv(kernel.ACTIVATIONS_VARIABLE, "exact")
+    monkeypatch.setenv(ACTIVATIONS_VARIABLE, "exact")
     try:
         exact = multiply(x, packed, None)
         kernel.activations.cache_clear()
-        monkeypatch.setenv(kernel.ACTIVATIONS_VARIABLE, "bf16")
+        monkeypatch.setenv(ACTIVATIONS_VARIABLE, "bf16")
         with pytest.raises(ValueError, match="TACQ_CPU_ACTIVATIONS=bf16: int8 or"):
             multiply(x, packed, None)
     finally:
