@@ -104,7 +104,7 @@ def own_kernels(
     dense = dequantize(packed).float()
 
     def multiply(x: Tensor, weight: Any) -> Tensor:
-        return quantized_linear(x, weight, None)
+        return quantized_linear(x, weight, weight.layout, None)
 
     for chosen in activations:
         yield Kernel(

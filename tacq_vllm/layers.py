@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tacq_vllm.format.stored import Layout, StoredLinear, TensorSpec
-from tacq_vllm.kernels.ops import stored_linear
+from tacq_vllm.kernels.ops import quantized_linear
 from tacq_vllm.kernels.reference import dequantize
 
 
@@ -51,7 +51,7 @@ class TacqLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in] with the weight: [..., out]."""
-        return stored_linear(x, self, self.layout, self.bias)
+        return quantized_linear(x, self, self.layout, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the tensors, but never convert them, as `model.half()` would.

@@ -118,22 +118,6 @@ def unpack_clusters(words: Tensor, length: int) -> Clusters:
     )
 
 
-def slice_cluster_columns(
-    words: Tensor, start: int, stop: int, in_features: int
-) -> Tensor:
-    """Cut the weights [start, stop) of every row without repacking them.
-
-    Raises:
-        ValueError: the cut does not fall between two blocks.
-    """
-    if start % BLOCK or (stop % BLOCK and stop != in_features):
-        raise ValueError(
-            f"columns {start} to {stop} of {in_features}: cut at multiples of {BLOCK}"
-        )
-    first = clustered_words(start)
-    return words[..., first : clustered_words(stop)]
-
-
 def _blocks(words: Tensor, size: int) -> Tensor:
     """View [..., n] as [..., n / size, size]."""
     return words.view(*words.shape[:-1], words.shape[-1] // size, size)

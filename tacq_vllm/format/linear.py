@@ -1,19 +1,14 @@
 """The tensors of a linear whose codes are in planes (SPEC.md, "Tensors")."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tacq_vllm.format.outliers import (
-    Outliers,
-    encode_outliers,
-    slice_outlier_columns,
-    slice_outlier_rows,
-)
+from tacq_vllm.format.outliers import Outliers, encode_outliers
 from tacq_vllm.format.packing import (
     PLANE_WIDTHS,
     WORD_BITS,
@@ -22,7 +17,7 @@ from tacq_vllm.format.packing import (
     unpack_codes,
 )
 from tacq_vllm.format.schema import LayoutName
-from tacq_vllm.format.stored import TensorSpec, unpack_outliers
+from tacq_vllm.format.stored import TensorSpec
 
 PLANE_SUFFIXES = ("", "_high")
 """What the name of each plane's tensor ends with, lowest bits first."""
@@ -172,54 +167,6 @@ def pack_linear(
     return PackedLinear.from_tensors(tensors, bits, codes.shape[1])
 
 
-def slice_rows(linear: PackedLinear, start: int, stop: int) -> PackedLinear:
-    """Cut output rows [start, stop), as column-parallel linears are.
-
-    Raises:
-        ValueError: the cut does not fall between two words of the zero-points.
-    """
-    _check_cut("rows", start, stop, linear.out_features, WORD_BITS)
-    outliers = slice_outlier_rows(unpack_outliers(linear), start, stop)
-    tensors = {
-        **linear.tensors(),
-        **_named_planes("qweight", tuple(p[start:stop] for p in linear.weight_planes)),
-        **_named_planes(
-            "qzeros", pack_codes(linear.zeros[start:stop], linear.bits, dim=0)
-        ),
-        "scales": linear.scales[start:stop],
-        "outliers": encode_outliers(outliers),
-    }
-    return PackedLinear.from_tensors(tensors, linear.bits, linear.in_features)
-
-
-def slice_columns(linear: PackedLinear, start: int, stop: int) -> PackedLinear:
-    """Cut input columns [start, stop), as row-parallel linears are.
-
-    Raises:
-        ValueError: the cut does not fall between two words or two groups.
-    """
-    _check_cut("columns", start, stop, linear.in_features, WORD_BITS)
-    outliers = slice_outlier_columns(unpack_outliers(linear), start, stop)
-    codes = {
-        name: plane[:, start * width // WORD_BITS : packed_size(stop, width)]
-        for (name, plane), width in zip(
-            _named_planes("qweight", linear.weight_planes).items(),
-            PLANE_WIDTHS[linear.bits],
-            strict=True,
-        )
-    }
-    tensors = {**linear.tensors(), **codes, "outliers": encode_outliers(outliers)}
-    if linear.scales.shape[1] > 1:
-        size = linear.group_size
-        _check_cut("columns", start, stop, linear.in_features, size)
-        groups = slice(start // size, stop // size)
-        tensors["scales"] = linear.scales[:, groups]
-        for name, plane in _named_planes("qzeros", linear.zero_planes).items():
-            tensors[name] = plane[:, groups]
-    packed = PackedLinear.from_tensors(tensors, linear.bits, linear.in_features)
-    return replace(packed, in_features=stop - start)
-
-
 def _planes(low: Tensor, high: Tensor | None) -> tuple[Tensor, ...]:
     return (low,) if high is None else (low, high)
 
@@ -229,10 +176,3 @@ def _named_planes(name: str, planes: tuple[Tensor, ...]) -> dict[str, Tensor]:
         f"{name}{suffix}": plane
         for suffix, plane in zip(PLANE_SUFFIXES, planes, strict=False)
     }
-
-
-def _check_cut(axis: str, start: int, stop: int, length: int, multiple: int) -> None:
-    if start % multiple or (stop % multiple and stop != length):
-        raise ValueError(
-            f"{axis} {start} to {stop} of {length}: cut at multiples of {multiple}"
-        )

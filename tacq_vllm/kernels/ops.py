@@ -157,21 +157,17 @@ _register_tiled()
 
 
 def quantized_linear(
-    x: Tensor, packed: StoredLinear | TiledLinear, bias: Tensor | None
-) -> Tensor:
-    """Multiply x [..., in] with a packed weight and add `bias` [out]: [..., out].
-
-    The tensors must have passed `check_linear`: kernels trust their indices.
-    """
-    return stored_linear(x, packed, packed.layout, bias)
-
-
-def stored_linear(
     x: Tensor, holder: Any, layout: Layout | TiledLayout, bias: Tensor | None
 ) -> Tensor:
-    """`quantized_linear` with the tensors that something holds by their names.
+    """Multiply x [..., in] with a packed weight and add a bias: [..., out].
 
-    A module need not make a `StoredLinear` of them for every call.
+    Args:
+        x: activations, float32, bfloat16 or float16.
+        holder: has the weight's tensors as attributes; so a module need not make a
+            `StoredLinear` of them for every call. They must have passed `check_linear`:
+            kernels trust their indices.
+        layout: how the codes are stored.
+        bias: [out], or None.
     """
     out: Tensor
     if isinstance(layout, ClusteredLayout):

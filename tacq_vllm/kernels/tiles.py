@@ -32,8 +32,6 @@ from tacq_vllm.format.packing import (
 
 BLOCK_WORDS = 32
 """Words of a row's low plane that are one block."""
-SLICE = 2 * BLOCK_WORDS
-"""Columns that have the same place in a block's words."""
 ROWS = 16
 """Rows whose scales are neighbours, and whose kept weights lie together."""
 TOKEN_BLOCKS = 2

@@ -12,7 +12,12 @@ from tacq_vllm.format.outliers import select_outliers
 from tacq_vllm.format.packing import unpack_codes
 from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.recover.config import RecoverConfig
-from tacq_vllm.recover.quantizer import Frozen, Lattice, Trained, quantized_linear
+from tacq_vllm.recover.quantizer import (
+    Frozen,
+    Lattice,
+    Trained,
+    straight_through_linear,
+)
 
 _BLOCK_WEIGHTS = 1 << 22
 """Weights of a frozen linear that are in float32 at a time: 16 MiB."""
@@ -124,7 +129,7 @@ class TrainedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., in] with the quantized weight: [..., out]."""
-        out = quantized_linear(_computed(x), self._frozen, self._trained)
+        out = straight_through_linear(_computed(x), self._frozen, self._trained)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     @torch.no_grad()

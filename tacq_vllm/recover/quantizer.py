@@ -179,7 +179,10 @@ class _Product(torch.autograd.Function):
         return grad_x, None, *gradients
 
 
-def quantized_linear(x: Tensor, frozen: Frozen, trained: Trained) -> Tensor:
-    """Multiply x [..., in] with the quantized weight: [..., out], in its type."""
+def straight_through_linear(x: Tensor, frozen: Frozen, trained: Trained) -> Tensor:
+    """Multiply x [..., in] with the quantized weight: [..., out], in the type of x.
+
+    Gradients go straight through the rounding, to x and to what is trained.
+    """
     product: Tensor = _Product.apply(x, frozen, *trained)  # type: ignore[no-untyped-call]
     return product

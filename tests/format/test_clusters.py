@@ -13,7 +13,6 @@ from tacq_vllm.format.clusters import (
     Clusters,
     clustered_words,
     pack_clusters,
-    slice_cluster_columns,
     unpack_clusters,
 )
 from tests.clusters import random_clusters
@@ -112,18 +111,10 @@ def test_slices_unpack_to_slices(
     clusters = random_clusters(4, length, seed)
     words = pack_clusters(clusters)
 
-    part = slice_cluster_columns(words, start, stop, length)[top:bottom]
+    part = words[top:bottom, clustered_words(start) : clustered_words(stop)]
 
     read = unpack_clusters(part, stop - start).codes
     assert torch.equal(read, clusters.codes[top:bottom, start:stop])
-
-
-@pytest.mark.parametrize(("start", "stop"), [(24, 96), (0, 48)])
-def test_a_cut_within_a_block_is_refused(start: int, stop: int) -> None:
-    words = pack_clusters(random_clusters(1, 192, 0))
-
-    with pytest.raises(ValueError, match="cut at multiples of 96"):
-        slice_cluster_columns(words, start, stop, 192)
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,17 @@
 from dataclasses import replace
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tacq_vllm.format.layouts import linear_specs
-from tacq_vllm.format.linear import (
-    PackedLinear,
-    slice_columns,
-    slice_rows,
-)
+from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.schema import QuantizationSchema
 from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.format.values import check_linear
 from tacq_vllm.kernels.reference import dequantize
 from tests.builders import random_linear
+from tests.cuts import slice_columns, slice_rows
 
 BITS = st.sampled_from([2, 3, 4])
 SEEDS = st.integers(0, 2**16)
@@ -102,29 +98,6 @@ def test_slicing_columns_is_slicing_the_dense_weight(
     assert part.in_features == stop - start
     assert torch.equal(dequantize(part), dequantize(packed)[:, start:stop])
     assert check_linear(part) is None
-
-
-@pytest.mark.parametrize(
-    ("start", "stop"), [(16, 64), (0, 48), (1, 2)], ids=["start", "stop", "both"]
-)
-def test_rows_are_cut_between_words_only(start: int, stop: int) -> None:
-    packed, _ = random_linear(3, 96, 64, 32, 0.01, torch.float16, 0)
-
-    with pytest.raises(ValueError, match=r"rows .* of 96: cut at multiples of 32"):
-        slice_rows(packed, start, stop)
-
-
-@pytest.mark.parametrize(
-    ("group_size", "start", "stop", "multiple"),
-    [(32, 16, 64, 32), (-1, 0, 80, 32), (64, 0, 96, 64), (64, 32, 128, 64)],
-)
-def test_columns_are_cut_between_words_and_groups_only(
-    group_size: int, start: int, stop: int, multiple: int
-) -> None:
-    packed, _ = random_linear(3, 8, 192, group_size, 0.01, torch.float16, 0)
-
-    with pytest.raises(ValueError, match=f"of 192: cut at multiples of {multiple}"):
-        slice_columns(packed, start, stop)
 
 
 def test_check_linear_names_the_tensor_at_fault() -> None:

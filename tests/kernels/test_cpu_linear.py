@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tacq_vllm.format.linear import slice_columns, slice_rows
 from tests.builders import assert_is_product, random_input, random_linear
+from tests.cuts import slice_columns, slice_rows
 from tests.kernels.cases import uneven_outliers
 from tests.kernels.cpu import OBSTACLE, assert_bits_are_fixed, assert_tokens_are_apart
 

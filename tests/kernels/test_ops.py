@@ -3,12 +3,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from tacq_vllm.format.linear import PackedLinear, slice_columns
+from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels import ops
 from tacq_vllm.kernels.ops import kernel_name, prepare, quantized_linear
 from tacq_vllm.kernels.reference import linear_forward
 from tests.builders import assert_is_product, random_input, random_linear
 from tests.clusters import random_clustered
+from tests.cuts import slice_columns
 
 
 def op_arguments(
@@ -33,7 +34,7 @@ def test_every_number_of_tokens(bits: int, tokens: int) -> None:
     packed, dense = random_linear(bits, 24, 64, 32, 0.03, torch.bfloat16, 0)
     x, bias = random_input(tokens, 64), random_input(24)
 
-    assert_is_product(quantized_linear(x, packed, bias), x, dense, bias)
+    assert_is_product(quantized_linear(x, packed, packed.layout, bias), x, dense, bias)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
@@ -45,7 +46,7 @@ def test_without_numba_the_reference_serves(
     packed, _ = random_linear(3, 24, in_features, 16, 0.03, torch.float16, 1)
     x = random_input(tokens, in_features)
 
-    out = quantized_linear(x, packed, None)
+    out = quantized_linear(x, packed, packed.layout, None)
 
     assert torch.equal(out, linear_forward(x, packed, None))
     prepare(packed, torch.float32)
@@ -69,7 +70,7 @@ def test_clusters(shape: tuple[int, ...]) -> None:
     x, bias = (random_input(*s).requires_grad_() for s in (shape, (24,)))
     grad = random_input(*shape[:-1], 24)
 
-    out = quantized_linear(x, packed, bias)
+    out = quantized_linear(x, packed, packed.layout, bias)
     out.backward(grad)
 
     assert_is_product(out.detach(), x.detach(), dense, bias.detach())
@@ -81,9 +82,10 @@ def test_clusters(shape: tuple[int, ...]) -> None:
 
 def test_a_linear_cut_by_columns() -> None:
     packed, dense = random_linear(3, 24, 128, 32, 0.03, torch.float16, 2)
+    part = slice_columns(packed, 64, 128)
     x = random_input(2, 64)
 
-    out = quantized_linear(x, slice_columns(packed, 64, 128), None)
+    out = quantized_linear(x, part, part.layout, None)
 
     assert_is_product(out, x, dense[:, 64:])
 
@@ -109,11 +111,13 @@ def test_compiles_without_graph_breaks() -> None:
 
     @torch.compile(fullgraph=True, dynamic=True, backend=count)
     def step(x: Tensor) -> Tensor:
-        return quantized_linear(x * 2, packed, None).relu()
+        return quantized_linear(x * 2, packed, packed.layout, None).relu()
 
     for tokens in (3, 5, 40):
         x = random_input(tokens, 64)
-        assert torch.equal(step(x), quantized_linear(x * 2, packed, None).relu())
+        assert torch.equal(
+            step(x), quantized_linear(x * 2, packed, packed.layout, None).relu()
+        )
     assert len(graphs) == 1
 
 
@@ -122,7 +126,10 @@ def test_eager_backend_gives_the_same() -> None:
     x = random_input(2, 64)
     compiled = torch.compile(quantized_linear, fullgraph=True, backend="eager")
 
-    assert torch.equal(compiled(x, packed, None), quantized_linear(x, packed, None))
+    assert torch.equal(
+        compiled(x, packed, packed.layout, None),
+        quantized_linear(x, packed, packed.layout, None),
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -137,7 +144,7 @@ def test_gradients_are_those_of_the_dense_linear(
     inputs = [tensor.clone().requires_grad_() for tensor in (x, bias)]
     expected = [tensor.double().requires_grad_() for tensor in (x, bias)]
 
-    quantized_linear(inputs[0], packed, inputs[1]).backward(grad)
+    quantized_linear(inputs[0], packed, packed.layout, inputs[1]).backward(grad)
 
     dense_linear(expected[0], dense, expected[1]).backward(grad.double())
     for tensor, other in zip(inputs, expected, strict=True):
@@ -152,7 +159,7 @@ def test_gradient_in_16_bits() -> None:
     x = random_input(3, 64, dtype=torch.bfloat16).requires_grad_()
     grad = random_input(3, 24, dtype=torch.bfloat16)
 
-    quantized_linear(x, packed, None).backward(grad)
+    quantized_linear(x, packed, packed.layout, None).backward(grad)
 
     assert_is_product(x.grad, grad, dense.T)
 
@@ -162,8 +169,10 @@ def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
     bias = random_input(24).requires_grad_()
     monkeypatch.setattr(ops, "linear_backward", None)
 
-    assert not quantized_linear(random_input(3, 64), packed, None).requires_grad
-    quantized_linear(random_input(3, 64), packed, bias).sum().backward()
+    assert not quantized_linear(
+        random_input(3, 64), packed, packed.layout, None
+    ).requires_grad
+    quantized_linear(random_input(3, 64), packed, packed.layout, bias).sum().backward()
 
     assert torch.equal(bias.grad, torch.full((24,), 3.0))
 

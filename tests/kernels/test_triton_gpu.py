@@ -36,7 +36,7 @@ def test_real_shapes(bits: int, shape: tuple[int, int], x_dtype: torch.dtype) ->
     for tokens in TOKENS:
         x = random_input(tokens, shape[1], dtype=x_dtype)
         for linear in (on_gpu, arranged):
-            out = quantized_linear(x.cuda(), linear, bias.cuda())
+            out = quantized_linear(x.cuda(), linear, linear.layout, bias.cuda())
             assert_is_product(out.cpu(), x, dense, bias)
 
 
@@ -44,9 +44,12 @@ def test_real_shapes(bits: int, shape: tuple[int, int], x_dtype: torch.dtype) ->
 def test_bits_are_the_same_from_run_to_run(tokens: int) -> None:
     packed = arrange(linear_on_gpu(3, 4096, 4096, 64), torch.bfloat16)
     x = random_input(tokens, 4096, dtype=torch.bfloat16).cuda()
-    first = quantized_linear(x, packed, None)
+    first = quantized_linear(x, packed, packed.layout, None)
 
-    assert all(torch.equal(first, quantized_linear(x, packed, None)) for _ in range(20))
+    assert all(
+        torch.equal(first, quantized_linear(x, packed, packed.layout, None))
+        for _ in range(20)
+    )
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -54,25 +57,26 @@ def test_runs_in_a_cuda_graph(tokens: int) -> None:
     packed = arrange(linear_on_gpu(3, 4096, 4096, 64), torch.bfloat16)
     prepare(packed, torch.bfloat16)
     x = torch.zeros(tokens, 4096, dtype=torch.bfloat16, device="cuda")
-    quantized_linear(x, packed, None)
+    quantized_linear(x, packed, packed.layout, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = quantized_linear(x, packed, None)
+        out = quantized_linear(x, packed, packed.layout, None)
 
     for seed in (1, 2):
         torch.manual_seed(seed)
         x.copy_(torch.randn(tokens, 4096))
         graph.replay()
-        assert torch.equal(out, quantized_linear(x, packed, None))
+        assert torch.equal(out, quantized_linear(x, packed, packed.layout, None))
 
 
 def test_compiles_without_graph_breaks() -> None:
     packed = arrange(linear_on_gpu(2, 1024, 4096, -1), torch.bfloat16)
     step = torch.compile(
-        lambda x: quantized_linear(x * 2, packed, None).relu(), fullgraph=True
+        lambda x: quantized_linear(x * 2, packed, packed.layout, None).relu(),
+        fullgraph=True,
     )
 
     for tokens in (1, 5, 40):
         x = random_input(tokens, 4096, dtype=torch.bfloat16).cuda()
-        expected = quantized_linear(x * 2, packed, None).relu()
+        expected = quantized_linear(x * 2, packed, packed.layout, None).relu()
         torch.testing.assert_close(step(x), expected)

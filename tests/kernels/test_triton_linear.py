@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tacq_vllm.format.linear import PackedLinear, slice_columns, slice_rows
+from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels import triton_dense
 from tacq_vllm.kernels.reference import dequantize
 from tests.builders import assert_is_product, random_input, random_linear
+from tests.cuts import slice_columns, slice_rows
 from tests.kernels.cases import uneven_outliers
 from tests.kernels.gpu import kernel, multiply, to_device
 

@@ -11,7 +11,7 @@ from tacq_vllm.recover.quantizer import (
     Frozen,
     Lattice,
     Trained,
-    quantized_linear,
+    straight_through_linear,
 )
 
 OUT, GROUPS, SIZE, RANK, MAX_CODE = 6, 3, 16, 2, 7
@@ -98,7 +98,7 @@ def test_products_and_gradients_are_those_of_the_formula(left_out):
     tensors = [t for t in (x, *trained) if t is not None and t.requires_grad]
     weights = torch.randn(5, 2, OUT)
 
-    out = quantized_linear(x, frozen, trained)
+    out = straight_through_linear(x, frozen, trained)
     expected = x @ plain_weight(frozen, whole).T
 
     torch.testing.assert_close(out, expected)
@@ -119,7 +119,7 @@ def test_nothing_but_inputs_is_remembered_for_the_backward_pass():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        quantized_linear(x, frozen, trained)
+        straight_through_linear(x, frozen, trained)
 
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, *trained)}
 
@@ -128,7 +128,7 @@ def test_products_in_bfloat16():
     frozen, trained = make_frozen(), make_trained()
     x = torch.randn(4, IN, dtype=torch.bfloat16, requires_grad=True)
 
-    out = quantized_linear(x, frozen, trained)
+    out = straight_through_linear(x, frozen, trained)
     out.float().sum().backward()
 
     assert out.dtype == x.grad.dtype == torch.bfloat16

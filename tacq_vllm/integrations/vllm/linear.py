@@ -34,7 +34,7 @@ from tacq_vllm.integrations.vllm.params import (
     TrackedParameter,
 )
 from tacq_vllm.integrations.vllm.summary import LoadSummary
-from tacq_vllm.kernels.ops import arrange, prepare, stored_linear
+from tacq_vllm.kernels.ops import arrange, prepare, quantized_linear
 from tacq_vllm.kernels.tiles import TiledLayout
 
 
@@ -186,7 +186,7 @@ class TacqLinearMethod(LinearMethodBase):
         self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         """Multiply x [..., in] with this rank's weight."""
-        return stored_linear(x, layer, self.arranged_layout, bias)
+        return quantized_linear(x, layer, self.arranged_layout, bias)
 
     def _packed(self, layer: torch.nn.Module) -> StoredLinear:
         tensors = {name: getattr(layer, name) for name in tensor_names(self.schema)}
