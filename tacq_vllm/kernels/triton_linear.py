@@ -19,7 +19,7 @@ from tacq_vllm.kernels.tiles import TiledLinear, can_tile, tile
 from tacq_vllm.kernels.triton_clusters import CLUSTERS_TOKEN_COUNTS, clusters_product
 from tacq_vllm.kernels.triton_planes import planes_product, planes_token_counts
 from tacq_vllm.kernels.triton_tiles import tiles_product, tiles_token_counts
-from tacq_vllm.kernels.triton_tuning import gpu_class, tuning_for
+from tacq_vllm.kernels.triton_tuning import TUNING
 
 Linear = PackedLinear | ClusteredLinear | TiledLinear
 
@@ -47,26 +47,24 @@ def arrange(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> Lin
 def multiply(x: Tensor, linear: Linear, bias: Tensor | None) -> Tensor:
     """Multiply x [..., in] with the weight: [..., out], in the type of x."""
     tokens = x.reshape(-1, linear.in_features).contiguous()
-    tuning = tuning_for(gpu_class(x.device))
     with torch.cuda.device_of(x):
         if isinstance(linear, ClusteredLinear):
-            out = clusters_product(tokens, linear, bias, tuning)
+            out = clusters_product(tokens, linear, bias, TUNING)
         elif isinstance(linear, TiledLinear):
-            out = tiles_product(tokens, linear, bias, tuning)
+            out = tiles_product(tokens, linear, bias, TUNING)
         else:
-            out = planes_product(tokens, linear, bias, tuning)
+            out = planes_product(tokens, linear, bias, TUNING)
     return out.view(*x.shape[:-1], linear.out_features)
 
 
 def warm_up(linear: Linear, x_dtype: torch.dtype) -> None:
     """Compile the kernels for weights like these, so that no request waits for it."""
-    tuning = tuning_for(gpu_class(linear.qweight.device))
     if isinstance(linear, ClusteredLinear):
         counts = CLUSTERS_TOKEN_COUNTS
     elif isinstance(linear, TiledLinear):
-        counts = tiles_token_counts(tuning)
+        counts = tiles_token_counts(TUNING)
     else:
-        counts = planes_token_counts(tuning)
+        counts = planes_token_counts(TUNING)
     for tokens in counts:
         x = linear.qweight.new_zeros(tokens, linear.in_features, dtype=x_dtype)
         multiply(x, linear, None)

@@ -67,7 +67,7 @@ def _gemv(
 def _gemm(
     x: Tensor, packed: PackedLinear, bias: Tensor | None, tuning: Tuning
 ) -> Tensor:
-    tile = next(tile for tile in tuning.gemm if tile.serves(x.shape[0]))
+    tile = next(tile for tile in tuning.gemm if x.shape[0] <= tile.tokens)
     tokens, num_words = x.shape[0], packed.qweight.shape[1]
     words = _words(tile, packed)
     grid = (

@@ -52,26 +52,26 @@ def tiles_product(
     def dequantize(start: int, stop: int) -> Tensor:
         return _dequantize(tiled, x.dtype, start, stop, tuning)
 
-    rows = tuning.tile_dequantize.rows
+    rows = tuning.tiled_dequantize.rows
     return dense_product(x, bias, tiled.out_features, rows, dequantize)
 
 
 def tiles_token_counts(tuning: Tuning) -> tuple[int, ...]:
     """Numbers of tokens that between them need every kernel."""
-    largest = tuning.tile_gemm[-1].tokens
+    largest = tuning.tiled_gemm[-1].tokens
     several = range(2 * largest, _gemm_tokens(tuning) + 1, largest)
-    smaller = (tile.tokens for tile in tuning.tile_gemm)
+    smaller = (tile.tokens for tile in tuning.tiled_gemm)
     return (*smaller, *several, _gemm_tokens(tuning) + 1)
 
 
 def _gemm_tokens(tuning: Tuning) -> int:
     """Tokens up to which dequantizing does not pay."""
-    return TOKEN_BLOCKS * tuning.tile_gemm[-1].tokens
+    return TOKEN_BLOCKS * tuning.tiled_gemm[-1].tokens
 
 
 def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) -> Tensor:
     tokens, out_features = x.shape[0], tiled.out_features
-    shapes = tuning.tile_gemm
+    shapes = tuning.tiled_gemm
     shape = next((tile for tile in shapes if tokens <= tile.tokens), shapes[-1])
     row_blocks = triton.cdiv(out_features, ROWS)
     token_blocks = triton.cdiv(tokens, shape.tokens)
@@ -130,7 +130,7 @@ def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) ->
 def _dequantize(
     tiled: TiledLinear, dtype: torch.dtype, start: int, stop: int, tuning: Tuning
 ) -> Tensor:
-    shape = tuning.tile_dequantize
+    shape = tuning.tiled_dequantize
     out = tiled.qweight.new_empty(stop - start, tiled.in_features, dtype=dtype)
     row_blocks = triton.cdiv(stop - start, shape.rows)
     tile_dequantize_kernel[row_blocks, tiled.blocks](

@@ -1,4 +1,4 @@
-"""Sizes of the Triton kernels' tiles, by class of GPU.
+"""Sizes of the Triton kernels' tiles.
 
 They are fixed: nothing is tried out while a server starts or captures CUDA graphs. For
 tiled weights they are the best of some that were tried on an H100, for others what
@@ -6,10 +6,7 @@ arithmetic and the compiled code suggest for data-center GPUs of compute capabil
 and later.
 """
 
-import functools
 from dataclasses import dataclass
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -27,8 +24,8 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class DequantizeTile:
-    """Rows of a tiled weight that one program writes, and with how many threads."""
+class TiledDequantize:
+    """How a tiled weight is dequantized: by programs of some rows each."""
 
     rows: int
     warps: int
@@ -39,14 +36,14 @@ class DequantizeTile:
 
 
 @dataclass(frozen=True)
-class TileGemm:
-    """How the work of multiplying some tokens with a tiled weight is cut up."""
+class TiledGemm:
+    """How some tokens are multiplied with a tiled weight: by programs of one warp."""
 
     tokens: int
     """At most; a multiple of 8."""
     warps: int
-    """Programs, of one, that a multiprocessor has place for: columns are split where
-    there would be fewer."""
+    """Programs that a multiprocessor has place for: columns are split where there would
+    be fewer."""
     registers: int
     """Of a thread, at most."""
 
@@ -56,10 +53,7 @@ class GemmTile(Tile):
     """A tile of the product with several tokens."""
 
     tokens: int = 16
-
-    def serves(self, count: int) -> bool:
-        """Whether so many tokens are one tile; the last of the table serves all."""
-        return count <= self.tokens
+    """At most."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +70,12 @@ class Tuning:
     """Tokens up to which dequantizing into a workspace does not pay."""
     programs: int
     """Programs that fill the GPU: columns are split where there would be fewer."""
-    tile_gemm: tuple[TileGemm, ...]
+    tiled_gemm: tuple[TiledGemm, ...]
     """By tokens, ascending."""
-    tile_dequantize: DequantizeTile
+    tiled_dequantize: TiledDequantize
 
 
-_DEFAULT = Tuning(
+TUNING = Tuning(
     gemv=Tile(rows=16, columns=2048, warps=4, stages=2),
     gemm=(
         GemmTile(rows=64, columns=128, warps=4, stages=3, tokens=16),
@@ -94,25 +88,9 @@ _DEFAULT = Tuning(
     clusters_dequantize=Tile(rows=4, columns=768, warps=4, stages=2),
     gemm_tokens=128,
     programs=256,
-    tile_gemm=(
-        TileGemm(tokens=8, warps=16, registers=128),
-        TileGemm(tokens=16, warps=16, registers=128),
+    tiled_gemm=(
+        TiledGemm(tokens=8, warps=16, registers=128),
+        TiledGemm(tokens=16, warps=16, registers=128),
     ),
-    tile_dequantize=DequantizeTile(rows=64, warps=4, segments=32, sharers=4),
+    tiled_dequantize=TiledDequantize(rows=64, warps=4, segments=32, sharers=4),
 )
-
-_TABLES: dict[str, Tuning] = {}
-
-
-def tuning_for(gpu_class: str) -> Tuning:
-    """The table of a class of GPU, such as `sm90`."""
-    return _TABLES.get(gpu_class, _DEFAULT)
-
-
-@functools.cache
-def gpu_class(device: torch.device) -> str:
-    """The architecture that tuning tables are named by, such as `sm90`."""
-    if device.type != "cuda":
-        return "none"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"

@@ -37,7 +37,7 @@ from tacq_vllm.kernels.triton_tile_dequantize import (
 )
 from tacq_vllm.kernels.triton_tile_gemm import tile_gemm_kernel
 from tacq_vllm.kernels.triton_tiles import OPERAND_WIDTH
-from tacq_vllm.kernels.triton_tuning import Tile, TileGemm, Tuning, tuning_for
+from tacq_vllm.kernels.triton_tuning import TUNING, Tile, TiledGemm, Tuning
 
 WORDS = "*i32"
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -86,14 +86,14 @@ def tile_kernels(
     sizes |= {"SEGMENT": SEGMENT, "DTYPE": tl.bfloat16}
     if bits != 3:
         sizes |= {"qweight_high_ptr": None}
-    for shape in tuning.tile_gemm:
+    for shape in tuning.tiled_gemm:
         own = {"ROWS": ROWS, "TOKENS": shape.tokens, "TOKEN_BLOCKS": TOKEN_BLOCKS}
         own |= {"HAS_BIAS": True, "WIDTH": OPERAND_WIDTH}
         own |= {"OWN_SEGMENTS": OWN_SEGMENTS, "JOB_SEGMENTS": JOB_SEGMENTS}
         for is_split in ({"IS_SPLIT": True}, {"IS_SPLIT": False, "sums_ptr": None}):
             yield tile_gemm_kernel, shape, sizes | own | is_split
-    yield tile_dequantize_kernel, tuning.tile_dequantize, sizes
-    yield add_kept_kernel, tuning.tile_dequantize, sizes
+    yield tile_dequantize_kernel, tuning.tiled_dequantize, sizes
+    yield add_kept_kernel, tuning.tiled_dequantize, sizes
 
 
 def compile_kernel(
@@ -118,7 +118,7 @@ def compile_kernel(
             )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"num_stages": getattr(tile, "stages", 1)}
-    if isinstance(tile, TileGemm):
+    if isinstance(tile, TiledGemm):
         options["num_warps"] = 1
         options["maxnreg"] = tile.registers
     else:
@@ -141,9 +141,11 @@ def main() -> None:
     parser.add_argument("--largest", action="store_true", help="of each kernel")
     given = parser.parse_args()
     target = GPUTarget("cuda", given.capability, 32)
-    tuning = tuning_for(f"sm{given.capability}")
+    tuning = TUNING
     if given.largest:
-        tuning = replace(tuning, gemm=tuning.gemm[-1:], tile_gemm=tuning.tile_gemm[-1:])
+        tuning = replace(
+            tuning, gemm=tuning.gemm[-1:], tiled_gemm=tuning.tiled_gemm[-1:]
+        )
     for bits in map(int, given.bits.split(",")):
         x = "*fp16" if bits == 4 else "*bf16"
         for kernels in (plane_kernels, tile_kernels):

@@ -119,9 +119,8 @@ def test_cuts(bits: int) -> None:
 
 @pytest.mark.parametrize("splits", [2, 5, 100])
 def test_splits_add_up(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
-    table = kernel.tuning_for("")
-    tuning = replace(table, programs=splits)
-    monkeypatch.setattr(kernel, "tuning_for", lambda gpu_class: tuning)
+    tuning = replace(kernel.TUNING, programs=splits)
+    monkeypatch.setattr(kernel, "TUNING", tuning)
     packed, dense = random_linear(3, 40, 672, 32, 0.05, torch.bfloat16, 5)
     x, bias = random_input(9, 672), random_input(40)
 

@@ -111,10 +111,9 @@ def test_as_many_tiles_of_tokens_as_there_are() -> None:
 
 @pytest.mark.parametrize("warps", [1, 8, 1000])
 def test_splits_add_up(monkeypatch: pytest.MonkeyPatch, warps: int) -> None:
-    table = kernel.tuning_for("")
-    tiles = tuple(replace(shape, warps=warps) for shape in table.tile_gemm)
-    tuning = replace(table, tile_gemm=tiles)
-    monkeypatch.setattr(kernel, "tuning_for", lambda gpu_class: tuning)
+    tiles = tuple(replace(shape, warps=warps) for shape in kernel.TUNING.tiled_gemm)
+    tuning = replace(kernel.TUNING, tiled_gemm=tiles)
+    monkeypatch.setattr(kernel, "TUNING", tuning)
     packed, dense = random_linear(3, 70, 2560, 64, 0.02, torch.bfloat16, 3)
     x = random_input(5, 2560, dtype=torch.bfloat16)
     bias = random_input(70, dtype=torch.bfloat16)
