@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from tacq_vllm.quantize.blocks import BlockCalls
+from tacq_vllm.quantize.boundaries import Boundaries
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Phase, Progress
@@ -65,6 +66,8 @@ class _GradientPass:
         self._world = world
         self._own = world.share(range(len(samples)))
         self._calls = BlockCalls(base)
+        self._hidden = Boundaries(folder, "hidden", base.device)
+        self._gradients = Boundaries(folder, "gradient", base.device)
 
     def run(self, progress: Progress) -> None:
         count = len(self._base.blocks)
@@ -73,8 +76,8 @@ class _GradientPass:
             self._run(backward, progress)
         else:
             progress.note(f"{PHASE}: taken from the work folder")
-        # A run that was killed may have left some of a finished step.
-        self._folder.sweep("hidden", "gradient")
+        self._hidden.sweep()
+        self._gradients.sweep()
 
     def _run(self, backward: list[int], progress: Progress) -> None:
         count = len(self._base.blocks)
@@ -102,14 +105,14 @@ class _GradientPass:
             for number in self._own:
                 hidden = self._calls.embed(self._samples[number].tokens.unsqueeze(0))
                 if _passed(0) not in self._folder and "head" not in self._folder:
-                    self._folder.save(_hidden(0, number), {"hidden": hidden})
+                    self._hidden.save(0, number, hidden)
 
     def _forward(self, index: int) -> None:
         with self._base.resident_block(index) as block:
             for number in self._own:
-                hidden = self._load(_hidden(index, number), "hidden")
+                hidden = self._hidden.load(index, number)
                 output = self._calls.run(block, index, hidden)
-                self._folder.save(_hidden(index + 1, number), {"hidden": output})
+                self._hidden.save(index + 1, number, output)
         self._commit(_passed(index), {})
 
     def _head(self) -> None:
@@ -117,7 +120,7 @@ class _GradientPass:
         with self._base.resident_outside(), torch.enable_grad():
             for number in self._own:
                 sample = self._samples[number]
-                hidden = self._load(_hidden(last, number), "hidden").requires_grad_()
+                hidden = self._hidden.load(last, number).requires_grad_()
                 # The last token is to predict nothing.
                 targets = pad(sample.targets(), (0, 1), value=Sample.UNSCORED)
                 count = int((targets != Sample.UNSCORED).sum())
@@ -127,10 +130,10 @@ class _GradientPass:
                 ):
                     (self._loss(part, wanted) / count).backward()
                 assert hidden.grad is not None
-                self._folder.save(_gradient(last, number), {"gradient": hidden.grad})
+                self._gradients.save(last, number, hidden.grad)
         self._commit("head", {})
         for number in self._own:
-            self._folder.remove(_hidden(last, number))
+            self._hidden.remove(last, number)
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy summed over the tokens of [1, n, hidden] that are scored."""
@@ -143,7 +146,7 @@ class _GradientPass:
         )
 
     def _backward(self, index: int, bar: Phase) -> None:
-        base, folder = self._base, self._folder
+        base = self._base
         with base.resident_block(index) as block, torch.enable_grad():
             linears = base.block_linears(index)
             # In float64 the order of additions, and so the number of processes, is no
@@ -155,14 +158,14 @@ class _GradientPass:
             for linear in linears.values():
                 linear.weight.requires_grad_(True)
             for number in self._own:
-                hidden = self._load(_hidden(index, number), "hidden").requires_grad_()
+                hidden = self._hidden.load(index, number).requires_grad_()
                 output = self._calls.run(block, index, hidden)
-                output.backward(self._load(_gradient(index + 1, number), "gradient"))
+                output.backward(self._gradients.load(index + 1, number))
                 for name, linear in linears.items():
                     _add_power(sums[name], linear, self._power)
                 assert hidden.grad is not None
                 if index > 0:
-                    folder.save(_gradient(index, number), {"gradient": hidden.grad})
+                    self._gradients.save(index, number, hidden.grad)
         for name, total in sums.items():
             self._world.add_up(total)
             sums[name] = total.to(torch.float32)
@@ -170,12 +173,9 @@ class _GradientPass:
                 raise QuantizeError(f"{name}: a gradient is not finite")
         self._commit(_sums(index), sums)
         for number in self._own:
-            folder.remove(_gradient(index + 1, number))
-            folder.remove(_hidden(index, number))
+            self._gradients.remove(index + 1, number)
+            self._hidden.remove(index, number)
         bar.advance(detail=f"{base.block_name(index)} backward")
-
-    def _load(self, name: str, key: str) -> Tensor:
-        return self._folder.load_tensor(name, key).to(self._base.device, copy=True)
 
     def _commit(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Store what all processes have done together, when they have."""
@@ -199,11 +199,3 @@ def _sums(index: int) -> str:
 
 def _passed(index: int) -> str:
     return f"passed-{index:04d}"
-
-
-def _hidden(boundary: int, sample: int) -> str:
-    return f"hidden-{boundary:04d}-{sample:06d}"
-
-
-def _gradient(boundary: int, sample: int) -> str:
-    return f"gradient-{boundary:04d}-{sample:06d}"

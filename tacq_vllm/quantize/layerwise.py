@@ -19,6 +19,7 @@ from tacq_vllm.quantize.blocks import (
     group_linears,
     run_block,
 )
+from tacq_vllm.quantize.boundaries import Boundaries
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gptq import Hessian, relative_error
 from tacq_vllm.quantize.model import BaseModel
@@ -130,6 +131,7 @@ class BlockPass:
         self._folder = folder
         self._world = world
         self._calls = BlockCalls(base)
+        self._hidden = Boundaries(folder, "hidden", base.device)
         self._units: list[list[tuple[int, Tensor]]] = []
         self._stride = 0
         if not rounder.needs_inputs:
@@ -173,8 +175,7 @@ class BlockPass:
                     self._embed(store=left[0] == 0)
                 for index in left:
                     self._quantize_block(index, bar)
-        # A run that was killed may have left some of a finished block.
-        self._folder.sweep("hidden")
+        self._hidden.sweep()
         return QuantizedBlocks(base, self._rounder, self._folder)
 
     def _embed(self, *, store: bool) -> None:
@@ -182,11 +183,11 @@ class BlockPass:
             for number, tokens in self._batches:
                 hidden = self._calls.embed(tokens)
                 if store:
-                    self._folder.save(_hidden(0, number), {"hidden": hidden})
+                    self._hidden.save(0, number, hidden)
 
     def _quantize_block(self, index: int, bar: Phase) -> None:
         start = perf_counter()
-        base, folder = self._base, self._folder
+        base = self._base
         reports: list[LinearReport] = []
         tensors: dict[str, Tensor] = {}
 
@@ -213,22 +214,19 @@ class BlockPass:
                 "reports": json.dumps([asdict(report) for report in reports]),
                 "seconds": str(perf_counter() - start),
             }
-            folder.save(_block(index), tensors, notes)
+            self._folder.save(_block(index), tensors, notes)
         self._world.wait()
         for number, _ in self._batches:
-            folder.remove(_hidden(index, number))
+            self._hidden.remove(index, number)
             if index + 1 == len(base.blocks):
-                folder.remove(_hidden(index + 1, number))
+                self._hidden.remove(index + 1, number)
 
     def _run_block(self, block: nn.Module, index: int, on_group: OnGroup) -> None:
         """Run a block on what is stored of the one before, and store its outputs."""
-        base, folder = self._base, self._folder
-        linears = base.block_linears(index)
+        linears = self._base.block_linears(index)
 
         def forward(number: int) -> Tensor:
-            hidden = folder.load_tensor(_hidden(index, number), "hidden")
-            hidden = hidden.to(base.device, copy=True)
-            return self._calls.run(block, index, hidden)
+            return self._calls.run(block, index, self._hidden.load(index, number))
 
         outputs = run_block(
             [partial(forward, number) for number, _ in self._batches],
@@ -237,7 +235,7 @@ class BlockPass:
             on_group,
         )
         for (number, _), output in zip(self._batches, outputs, strict=True):
-            folder.save(_hidden(index + 1, number), {"hidden": output})
+            self._hidden.save(index + 1, number, output)
 
     def _batches_in_memory(self, linears: dict[str, nn.Linear]) -> int:
         if self._base.device.type == "cuda":
@@ -313,7 +311,3 @@ def _join_short(
 
 def _block(index: int) -> str:
     return f"block-{index:04d}"
-
-
-def _hidden(boundary: int, batch: int) -> str:
-    return f"hidden-{boundary:04d}-{batch:06d}"

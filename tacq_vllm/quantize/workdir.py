@@ -51,7 +51,7 @@ class PhaseFolder:
             save_file(stored, path, metadata=dict(notes or {}))
 
     def load(self, name: str, prefix: str = "") -> dict[str, Tensor]:
-        """Read the tensors whose names begin so, mapped from their file."""
+        """Read the tensors whose names begin with `prefix`, mapped from their file."""
         with self._open(name) as file:
             keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
             return {key: file.get_tensor(key) for key in keys}
@@ -68,14 +68,13 @@ class PhaseFolder:
             return dict(file.metadata() or {})
 
     def remove(self, name: str) -> None:
-        """Forget a file, if it is there."""
+        """Remove a file, if it is there."""
         self._path(name).unlink(missing_ok=True)
 
-    def sweep(self, *prefixes: str) -> None:
-        """Forget all files whose names begin so, whole or not."""
-        for prefix in prefixes:
-            for path in self.folder.glob(f"{prefix}-*"):
-                path.unlink(missing_ok=True)
+    def sweep(self, prefix: str) -> None:
+        """Remove all files named `prefix-…`, whole or not."""
+        for path in self.folder.glob(f"{prefix}-*"):
+            path.unlink(missing_ok=True)
 
     def _open(self, name: str) -> Any:
         try:

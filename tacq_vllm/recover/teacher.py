@@ -1,7 +1,6 @@
 """What the 16-bit model's head is given for each token, computed once, on disk.
 
-One decoder block is in memory at a time. Trained are then the weights alone that take
-the 16-bit model's place.
+One decoder block is in memory at a time. So training needs no second model in memory.
 """
 
 from time import perf_counter
@@ -11,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tacq_vllm.quantize.blocks import BlockCalls
+from tacq_vllm.quantize.boundaries import Boundaries
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.samples import Sample
@@ -54,47 +54,40 @@ def run_teacher(
     last = len(base.blocks)
     own = world.share(range(len(samples)))
     calls = BlockCalls(base)
+    stored = Boundaries(folder, "hidden", base.device)
 
     def started(number: int) -> bool:
-        names = (_hidden(index, number) for index in range(last + 1))
-        return _states(number) in folder or any(name in folder for name in names)
+        return _states(number) in folder or any(
+            stored.has(index, number) for index in range(last + 1)
+        )
 
     with progress.phase(PHASE, last) as bar:
         with base.resident_outside():
             for number in own:
                 hidden = calls.embed(samples[number].tokens.unsqueeze(0))
                 if not started(number):
-                    folder.save(_hidden(0, number), {"hidden": hidden})
+                    stored.save(0, number, hidden)
         for index in range(last):
             with base.resident_block(index) as block:
                 for number in own:
-                    if _hidden(index, number) in folder:
-                        hidden = _load(base, folder, index, number)
+                    if stored.has(index, number):
+                        hidden = stored.load(index, number)
                         with accelerator.autocast():
                             output = calls.run(block, index, hidden)
-                        folder.save(_hidden(index + 1, number), {"hidden": output})
-                        folder.remove(_hidden(index, number))
+                        stored.save(index + 1, number, output)
+                        stored.remove(index, number)
             bar.advance(detail=base.block_name(index))
         with base.resident_outside():
             for number in own:
-                if _hidden(last, number) in folder:
-                    states = calls.states(_load(base, folder, last, number))[0]
+                if stored.has(last, number):
+                    states = calls.states(stored.load(last, number))[0]
                     folder.save(_states(number), {"states": states.bfloat16()})
-                    folder.remove(_hidden(last, number))
+                    stored.remove(last, number)
     world.wait()
     if world.leads:
         folder.save(_DONE, {}, {"seconds": str(perf_counter() - start)})
     world.wait()
     return Teacher(folder)
-
-
-def _load(base: BaseModel, folder: PhaseFolder, index: int, number: int) -> Tensor:
-    hidden = folder.load_tensor(_hidden(index, number), "hidden")
-    return hidden.to(base.device, copy=True)
-
-
-def _hidden(boundary: int, sample: int) -> str:
-    return f"hidden-{boundary:04d}-{sample:06d}"
 
 
 def _states(sample: int) -> str:
