@@ -4,9 +4,8 @@ The modules are built without values. A part of the model has its weights, in fl
 on the device, while it is resident: so a model needs memory for one decoder block.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +18,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
 )
 
 from tacq_vllm.config import StorageDtype
-from tacq_vllm.format.checkpoint import CheckpointWriter
 from tacq_vllm.format.simulated import SIMULATED_KEY
-from tacq_vllm.format.staging import staged_folder
+from tacq_vllm.quantize.conversion import check_shape, open_files
 from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.source import ModelSource, locate_model
-from tacq_vllm.quantize.weights import WeightFiles, open_weights
+from tacq_vllm.quantize.source import locate_model
+from tacq_vllm.quantize.weights import WeightFiles
 from tacq_vllm.quantize.workdir import WorkDir, fingerprint
 
 BLOCK_PARTS = ("self_attn", "mlp")
@@ -39,10 +36,9 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 """Linears that choose experts: small, and never quantized."""
 
 _QUANTIZED_KEYS = ("quantization_config", SIMULATED_KEY)
-_CONVERTED_SHARD_BYTES = 2_000_000_000
 
 _EXPECTED = (OSError, ValueError, ImportError)
-"""What Transformers says in words when it cannot load a model."""
+"""What Transformers raises with a message for people when it cannot load a model."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +203,7 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
         QuantizeError: the model cannot be loaded or is quantized already.
     """
     # Of a broken config.json or tokenizer.json Transformers raises anything.
-    with _one_line(model, Exception):
+    with _load_errors(model, Exception):
         source = locate_model(model)
         config = AutoConfig.from_pretrained(**source.arguments)
         if any(getattr(config, key, None) is not None for key in _QUANTIZED_KEYS):
@@ -216,11 +212,11 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
         with init_empty_weights(include_buffers=False):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments)
-    with _one_line(model, *_EXPECTED):
-        published, weights = _open_files(source, skeleton, workdir)
+    with _load_errors(model, *_EXPECTED):
+        published, weights = open_files(source, skeleton, workdir)
     for name, tensor in skeleton.state_dict().items():
         if name in weights:
-            _check_shape(model, name, weights.shapes[name], tensor.shape)
+            check_shape(model, name, weights.shapes[name], tensor.shape)
     for name, buffer in list(skeleton.named_buffers()):
         values = weights.load(name).to(buffer.dtype) if name in weights else buffer
         owner, _, leaf = name.rpartition(".")
@@ -241,8 +237,12 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
 
 
 @contextmanager
-def _one_line(model: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Raise errors of these kinds as what a user is told."""
+def _load_errors(model: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Tell errors of these kinds in one line.
+
+    Raises:
+        QuantizeError: naming the model.
+    """
     try:
         yield
     except (QuantizeError, MemoryError):
@@ -255,73 +255,3 @@ def _one_line(model: str, *kinds: type[Exception]) -> Iterator[None]:
         elif reason.endswith(":"):
             reason = words
         raise QuantizeError(f"{model}: cannot be loaded: {reason}") from error
-
-
-def _check_shape(
-    model: str, name: str, stored: Sequence[int], wanted: Sequence[int]
-) -> None:
-    if tuple(stored) != tuple(wanted):
-        raise QuantizeError(
-            f"{model}: {name} is {list(stored)} in the files, and {list(wanted)} by "
-            "the configuration"
-        )
-
-
-def _open_files(
-    source: ModelSource, skeleton: PreTrainedModel, workdir: WorkDir
-) -> tuple[WeightFiles, WeightFiles]:
-    """The files as published, and by the names of the modules."""
-    if source.gguf:
-        path = source.folder / source.gguf
-        status = path.stat()
-        stamp = [str(path), status.st_size, status.st_mtime_ns]
-        # Every time that Transformers reads a GGUF header costs seconds.
-        arguments = {
-            "config": deepcopy(skeleton.config),
-            "dtype": torch.float32,
-            "quantization_config": GgufConfig(dequantize=True),
-        }
-        converted = _convert(source, workdir, {"gguf": stamp}, arguments)
-        return converted, converted
-    published = open_weights(source.folder)
-    tied = skeleton.all_tied_weights_keys
-    names = [name for name, _ in skeleton.named_parameters() if name not in tied]
-    if all(name in published for name in names):
-        return published, published
-    depends = {"files": published.fingerprint()}
-    return published, _convert(source, workdir, depends, {"dtype": "auto"})
-
-
-def _convert(
-    source: ModelSource,
-    workdir: WorkDir,
-    depends: dict[str, Any],
-    arguments: dict[str, Any],
-) -> WeightFiles:
-    """Let Transformers read the model, and store it by the names of its modules."""
-    final = workdir.folder / f"weights-{fingerprint(depends)[:16]}"
-    if not final.is_dir():
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            **source.arguments,
-            **arguments,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        for name, stored, wanted in sorted(loading["mismatched_keys"]):
-            _check_shape(str(source.folder), name, stored, wanted)
-        missing = sorted(loading["missing_keys"])
-        if missing:
-            raise QuantizeError(
-                f"{source.folder}: {missing[0]} and {len(missing) - 1} more tensors "
-                "are missing"
-            )
-        with staged_folder(final) as folder:
-            writer = CheckpointWriter(folder, _CONVERTED_SHARD_BYTES)
-            written: set[int] = set()
-            for name, tensor in model.state_dict().items():
-                # A tied tensor is stored once, under its first name.
-                if tensor.data_ptr() not in written:
-                    written.add(tensor.data_ptr())
-                    writer.add(name, tensor)
-            writer.close()
-    return open_weights(final)
