@@ -8,7 +8,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from tacq_vllm import __version__
 from tacq_vllm.convert.folder import (
-    CARD_NAME,
     MAX_SHARD_BYTES,
     copy_companions,
     copy_unquantized,
@@ -20,9 +19,10 @@ from tacq_vllm.format.checkpoint import (
     CheckpointWriter,
 )
 from tacq_vllm.format.json_object import read_json
-from tacq_vllm.format.schema import QuantizationSchema, parse_schema
+from tacq_vllm.format.schema import STORAGE_DTYPES, QuantizationSchema, parse_schema
 from tacq_vllm.format.staging import staged_folder
 from tacq_vllm.format.validation import check_whole, load_linear
+from tacq_vllm.hub.merge import CARD_NAME
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
@@ -70,8 +70,7 @@ def export_dequantized(
 def _model_dtype(config: dict[str, Any], schema: QuantizationSchema) -> torch.dtype:
     """The 16-bit type that the model is loaded in: mostly that of the scales."""
     name = config.get("dtype", config.get("torch_dtype"))
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-    return known.get(str(name), schema.torch_dtype)
+    return STORAGE_DTYPES.get(str(name), schema.torch_dtype)
 
 
 def _write_card(folder: Path, source: Path, schema: QuantizationSchema) -> None:

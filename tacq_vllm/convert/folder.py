@@ -12,7 +12,6 @@ from tacq_vllm.format.checkpoint import (
 )
 from tacq_vllm.format.schema import QuantizationSchema
 
-CARD_NAME = "README.md"
 MAX_SHARD_BYTES = 4_000_000_000
 """A shard grows no larger, one tensor aside."""
 

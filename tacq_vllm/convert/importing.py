@@ -9,12 +9,7 @@ from pydantic import ValidationError
 
 from tacq_vllm import __version__
 from tacq_vllm.config import OutlierConfig, StorageDtype, one_line
-from tacq_vllm.convert.folder import (
-    CARD_NAME,
-    MAX_SHARD_BYTES,
-    copy_companions,
-    write_config,
-)
+from tacq_vllm.convert.folder import MAX_SHARD_BYTES, copy_companions, write_config
 from tacq_vllm.convert.kept import KeptWeights
 from tacq_vllm.convert.source import Source, open_source
 from tacq_vllm.format.checkpoint import CheckpointWriter
@@ -25,9 +20,12 @@ from tacq_vllm.format.schema import DEFAULT_CIRCUIT, FormatError, QuantizationSc
 from tacq_vllm.format.staging import staged_folder
 from tacq_vllm.format.validation import check_headers
 from tacq_vllm.format.values import check_linear
+from tacq_vllm.hub.card import UNKNOWN_ADDRESS
+from tacq_vllm.hub.merge import CARD_NAME
+from tacq_vllm.hub.text import use_text
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
-from tacq_vllm.quantize.source import locate_folder
+from tacq_vllm.quantize.source import locate_folder, model_name
 from tacq_vllm.quantize.weights import open_weights
 from tacq_vllm.quantize.workdir import check_output
 
@@ -63,10 +61,10 @@ def import_checkpoint(
     recipe: dict[str, Any] = {
         "method": "import",
         "format": source.layout.title,
-        "source": _public_name(checkpoint),
+        "source": model_name(checkpoint),
     }
     if base is not None:
-        recipe |= {"base": _public_name(base), "outlier_ratio": ratio}
+        recipe |= {"base": model_name(base), "outlier_ratio": ratio}
     schema = _schema(source, recipe)
     kept = None
     if base is not None:
@@ -109,12 +107,6 @@ def _check_ratio(base: str | None, ratio: float | None) -> float:
     except ValidationError as error:
         raise QuantizeError(f"outliers: {one_line(error)}") from error
     return config.ratio
-
-
-def _public_name(model: str) -> str:
-    """What a model is called, without where its folder lies."""
-    path = Path(model)
-    return path.absolute().name if path.is_dir() else model
 
 
 def _schema(source: Source, recipe: dict[str, Any]) -> QuantizationSchema:
@@ -184,24 +176,5 @@ def _write_card(folder: Path, schema: QuantizationSchema) -> None:
 zero-points, kept weights and indices). It was not quantized with TaCQ: codes,
 zero-points and scales are those of the source.
 {kept}
-## Serve
-
-With tacq-vllm installed beside vLLM:
-
-```
-vllm serve THIS_FOLDER_OR_REPO
-```
-
-## Use from Transformers
-
-Without the first import Transformers only warns about an unknown quantization, and the
-weights that it then makes up are nonsense.
-
-```python
-import tacq_vllm.integrations.transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER_OR_REPO")
-```
-"""
+{use_text(UNKNOWN_ADDRESS)}"""
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(folder / CARD_NAME)

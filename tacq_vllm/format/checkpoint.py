@@ -166,8 +166,8 @@ class CheckpointReader:
             raise FormatError(
                 f"{file_name}: truncated or not safetensors ({error})"
             ) from error
-        # Of a name that is there twice safetensors takes one, and does not tell.
-        check_keys(_header(path), file_name)
+        # safetensors silently takes one of two tensors of the same name.
+        check_keys(read_header(path), file_name)
         self._files[file_name] = file
         for name in file.keys():  # noqa: SIM118 - not a dict
             if name in self._tensors:
@@ -208,6 +208,12 @@ def weight_files(folder: Path) -> list[str]:
     return names
 
 
+def read_header(path: Path) -> bytes:
+    """Read the JSON at the head of a file that safetensors has opened."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
 def read_schema(folder: Path) -> QuantizationSchema:
     """Read the quantization block of a checkpoint folder.
 
@@ -242,9 +248,3 @@ def _weight_map(folder: Path) -> dict[str, str]:
     ):
         raise FormatError(f"{INDEX_NAME}: no weight_map from names to files")
     return weight_map
-
-
-def _header(path: Path) -> bytes:
-    """The JSON of a file that safetensors has opened."""
-    with path.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little"))

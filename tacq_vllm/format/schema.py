@@ -26,6 +26,9 @@ QUANT_METHOD: Final = "tacq"
 FORMAT_VERSIONS: Final[dict[LayoutName, Literal[1, 2]]] = {"planes": 1, "clusters": 2}
 """The first version that knows a layout, which is what a writer states."""
 
+STORAGE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""By their names in the configuration."""
+
 DEFAULT_CIRCUIT = "default"
 
 _MAX_COUNT = 2**31 - 1
@@ -154,7 +157,7 @@ class QuantizationSchema(BaseModel):
 
 def storage_dtype(name: StorageDtype) -> torch.dtype:
     """The torch dtype of a storage type's name."""
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return STORAGE_DTYPES[name]
 
 
 def check_group_size(group_size: int, layout: LayoutName) -> None:

@@ -24,7 +24,7 @@ ORIGIN_KEY = "tacq"
 MEASURED_WITH = "tacq evaluate"
 """In the arguments of a metric: it is ours, and goes with the scores it came from."""
 
-_ADDRESS = "THIS_FOLDER_OR_REPO"
+UNKNOWN_ADDRESS = "THIS_FOLDER_OR_REPO"
 """What to load, in a card that nobody has pushed."""
 
 _BITS_TAG = re.compile("[234]-bit")
@@ -48,7 +48,7 @@ def write_model_card(
     """
     versions = {name: version(name) for name in ("torch", "transformers")}
     facts = CardFacts(
-        address=_ADDRESS,
+        address=UNKNOWN_ADDRESS,
         schema=schema,
         figures=inspect_weights(folder, schema),
         scores=read_scores(folder),
@@ -72,7 +72,7 @@ def rewrite_model_card(folder: Path, schema: QuantizationSchema, source: Path) -
     """
     path = source / CARD_NAME
     local = read_card(path, str(path)) if path.is_file() else NO_CARD
-    card = update_model_card(folder, schema, _ADDRESS, local, NO_CARD)
+    card = update_model_card(folder, schema, UNKNOWN_ADDRESS, local, NO_CARD)
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 

@@ -66,7 +66,7 @@ kept in 16 bits, the others in {figures.code_bits:.3g} bits.
 
 {_table(facts)}
 {_score_table(facts.scores)}
-{_simulated(facts) if figures.simulated else _use(facts)}
+{_simulated(facts) if figures.simulated else use_text(facts.address)}
 ## Recipe
 
 ```json
@@ -75,14 +75,19 @@ kept in 16 bits, the others in {figures.code_bits:.3g} bits.
 """
 
 
-def _use(facts: CardFacts) -> str:
+def use_text(address: str) -> str:
+    """How to serve a packed checkpoint, and to load it with Transformers.
+
+    Args:
+        address: what to give to them, a folder or a repo.
+    """
     return f"""\
 ## Serve
 
 With tacq-vllm installed beside vLLM:
 
 ```
-vllm serve {facts.address}
+vllm serve {address}
 ```
 
 On a CPU add `--enforce-eager`.
@@ -96,7 +101,7 @@ weights that it then makes up are nonsense.
 import tacq_vllm.integrations.transformers
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{facts.address}")
+model = AutoModelForCausalLM.from_pretrained("{address}")
 ```
 """
 

@@ -25,7 +25,7 @@ from tacq_vllm.config import StorageDtype
 from tacq_vllm.format.simulated import SIMULATED_KEY
 from tacq_vllm.quantize.conversion import check_shape, open_files
 from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.source import locate_model
+from tacq_vllm.quantize.source import locate_model, model_name
 from tacq_vllm.quantize.weights import WeightFiles
 from tacq_vllm.quantize.workdir import WorkDir, fingerprint
 
@@ -221,11 +221,9 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
         values = weights.load(name).to(buffer.dtype) if name in weights else buffer
         owner, _, leaf = name.rpartition(".")
         skeleton.get_submodule(owner)._buffers[leaf] = values.to(device)
-    path = Path(model)
-    is_local = source.gguf is not None or path.is_dir()
-    name = path.absolute().name if path.is_dir() else model
+    is_local = source.gguf is not None or Path(model).is_dir()
     return BaseModel(
-        name=path.stem if source.gguf else name,
+        name=model_name(model),
         model=skeleton.eval().requires_grad_(False),
         tokenizer=tokenizer,
         stored_dtype=stored_dtype,

@@ -25,6 +25,14 @@ class ModelSource:
         return {"pretrained_model_name_or_path": str(self.folder), **gguf}
 
 
+def model_name(model: str) -> str:
+    """What people call a model: a folder's name, a file's stem, a Hub id."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.absolute().name if path.is_dir() else model
+
+
 def locate_model(model: str) -> ModelSource:
     """Find a model's files; those of a Hub id are downloaded.
 

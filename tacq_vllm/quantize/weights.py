@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tacq_vllm.format.checkpoint import weight_files
+from tacq_vllm.format.checkpoint import read_header, weight_files
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.quantize.errors import QuantizeError
 
@@ -41,8 +41,7 @@ class WeightFiles:
             path = self.folder / name
             status = path.stat()
             digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(int.from_bytes(file.read(8), "little")))
+            digest.update(read_header(path))
         return digest.hexdigest()
 
 
