@@ -16,6 +16,7 @@ from tacq_vllm.format.layouts import layout_of, linear_specs
 from tacq_vllm.format.schema import DEFAULT_CIRCUIT, QuantizationSchema
 from tacq_vllm.format.stored import StoredLinear
 from tacq_vllm.kernels.ops import kernel_name
+from tacq_vllm.quantize.errors import first_line
 
 _CPU_FEATURES = ("avx2", "avx512bw", "avx512vnni", "amx-int8")
 _OF_CUDA = ("torchvision", "torchaudio", "torchcodec")
@@ -125,13 +126,13 @@ def _transformers() -> Finding:
             except (ImportError, OSError, RuntimeError) as error:
                 faults.append(
                     f"{name}: breaks Transformers, as it cannot be imported "
-                    f"({_first_line(error)}): pip uninstall {name}"
+                    f"({first_line(error)}): pip uninstall {name}"
                 )
     try:
         importlib.import_module("tacq_vllm.integrations.transformers")
     except (ImportError, OSError, RuntimeError) as error:
         faults.append(
-            f"Transformers: the format cannot be registered ({_first_line(error)}): "
+            f"Transformers: the format cannot be registered ({first_line(error)}): "
             "pip install --upgrade transformers"
         )
         return Finding("in Transformers", "not registered", tuple(faults))
@@ -188,7 +189,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,7 @@ from tacq_vllm.format.checkpoint import CONFIG_NAME
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.parallel import fused_modules, half_quantized
 from tacq_vllm.format.schema import check_linear_shape
-from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.errors import QuantizeError, first_line
 from tacq_vllm.quantize.weights import WeightFiles, open_weights
 
 GPTQ_CONFIG_NAME = "quantize_config.json"
@@ -141,8 +141,9 @@ def _model_linears(folder: Path) -> dict[str, nn.Linear]:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise QuantizeError(f"{folder}: cannot be loaded: {reason}") from error
+        raise QuantizeError(
+            f"{folder}: cannot be loaded: {first_line(error)}"
+        ) from error
     return {
         name: module
         for name, module in model.named_modules()

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from tacq_vllm.config import GptqConfig
 from tacq_vllm.format.clusters import CLUSTER, NARROW, PAIR, WIDE, Clusters
-from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.errors import check_finite
 from tacq_vllm.quantize.result import ClusterResult
 
 _CHUNK_WEIGHTS = 1 << 16
@@ -162,8 +162,7 @@ def search_scales(
     for offset in range(1 - _COARSE, _COARSE):
         if offset:
             attempt(center + offset, side)
-    if not bool(best_error.isfinite().all()):
-        raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
+    check_finite(best_error, dtype)
     return best
 
 
@@ -188,8 +187,7 @@ def cluster_result(
     """
     size = exact.shape[1] // scales.shape[1]
     weight = clusters.codes * scales.repeat_interleave(size, dim=1) + exact
-    if not bool(weight.to(dtype).isfinite().all()):
-        raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
+    check_finite(weight.to(dtype), dtype)
     return ClusterResult(clusters, scales.to(dtype), weight, damp_percent)
 
 

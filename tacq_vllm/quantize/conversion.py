@@ -89,10 +89,8 @@ def _convert(
             check_shape(str(source.folder), name, stored, wanted)
         missing = sorted(loading["missing_keys"])
         if missing:
-            raise QuantizeError(
-                f"{source.folder}: {missing[0]} and {len(missing) - 1} more tensors "
-                "are missing"
-            )
+            others = f"and {len(missing) - 1} more are" if missing[1:] else "is"
+            raise QuantizeError(f"{source.folder}: {missing[0]} {others} missing")
         with staged_folder(final) as folder:
             writer = CheckpointWriter(folder, _SHARD_BYTES)
             written: set[int] = set()

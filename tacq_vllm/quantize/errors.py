@@ -1,5 +1,27 @@
 """What can go wrong while a checkpoint is made."""
 
+import torch
+from torch import Tensor
+
 
 class QuantizeError(ValueError):
     """Input that cannot be quantized; the message is one line that says what to do."""
+
+
+def check_finite(values: Tensor, dtype: torch.dtype) -> None:
+    """Refuse what a 16-bit type cannot hold.
+
+    Args:
+        values: weights in that type, or errors of rounding to it.
+        dtype: the type.
+
+    Raises:
+        QuantizeError: a value is not finite.
+    """
+    if not bool(values.isfinite().all()):
+        raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its type's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

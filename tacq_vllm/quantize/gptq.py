@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tacq_vllm.config import GptqConfig
 from tacq_vllm.quantize.columns import lazy_block, round_columns
-from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.errors import QuantizeError, check_finite
 from tacq_vllm.quantize.grid import Grid, fit_grid
 from tacq_vllm.quantize.refit import refit_scales
 from tacq_vllm.quantize.result import GridResult
@@ -131,8 +131,7 @@ def quantize_matrix(
     if config.refit_scales:
         scales = refit_scales(W - exact, H, steps, scales, dtype)
     weight = steps * scales.repeat_interleave(size, dim=1) + exact
-    if not bool(weight.to(dtype).isfinite().all()):
-        raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
+    check_finite(weight.to(dtype), dtype)
     return GridResult(
         codes=codes,
         zeros=zeros.to(torch.uint8),

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from tacq_vllm.config import GptqConfig
-from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.errors import check_finite
+
+GRID_SETTINGS = {"grid_steps", "grid_max_shrink", "grid_norm"}
+"""Fields of `GptqConfig` that the search of a grid depends on."""
 
 _CHUNK_WEIGHTS = 1 << 16
 """Weights searched at a time, so that the loop works in cache."""
@@ -104,6 +107,5 @@ def _search(W: Tensor, bits: int, dtype: torch.dtype, config: GptqConfig) -> Gri
     for offset in range(1 - _COARSE, _COARSE):
         if offset:
             attempt(center + offset)
-    if not bool(best_error.isfinite().all()):
-        raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
+    check_finite(best_error, dtype)
     return best

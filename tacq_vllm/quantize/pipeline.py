@@ -60,7 +60,8 @@ def _check_model(base: BaseModel, progress: Progress) -> None:
     if left:
         quantized = sum(linear.weight.numel() for linear in linears.values())
         share = sum(left.values()) / (quantized + sum(left.values()))
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         progress.note(
-            f"{next(iter(left))} and {len(left) - 1} more modules are not quantized "
-            f"and stay in 16 bits: {share:.1%} of the weights of the blocks"
+            f"not quantized: {next(iter(left))}{more}, {share:.1%} of the weights of "
+            "the blocks; they stay in 16 bits"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from tacq_vllm.format.checkpoint import CONFIG_NAME
-from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.errors import QuantizeError, first_line
 
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 
@@ -52,9 +52,9 @@ def locate_model(model: str) -> ModelSource:
     try:
         return ModelSource(Path(snapshot_download(model, allow_patterns=_DOWNLOADED)))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise QuantizeError(
-            f"{model}: no folder here, and not to be had from the Hub: {reason}"
+            f"{model}: no folder here, and not to be had from the Hub: "
+            f"{first_line(error)}"
         ) from error
 
 

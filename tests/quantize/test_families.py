@@ -160,7 +160,7 @@ def test_a_model_of_experts(
     assert find_faults(checkpoint) == []
     assert leaves(checkpoint) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     (note,) = recorder.notes
-    assert note.startswith("model.layers.0.mlp.experts and 1 more modules")
+    assert note.startswith("not quantized: model.layers.0.mlp.experts and 1 more, ")
     assert "stay in 16 bits" in note
     logits = load(checkpoint, torch.float32)(tokens).logits
     assert logits.dtype == torch.float32

@@ -9,6 +9,7 @@ from torch import Tensor
 from tacq_vllm.format.clustered import ClusteredLayout
 from tacq_vllm.quantize.clusters import round_to_clusters
 from tacq_vllm.quantize.clusters_gptq import compensate_clusters
+from tacq_vllm.quantize.grid import GRID_SETTINGS
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.packed import Masks, PackedRounder
 from tacq_vllm.quantize.methods.rounding import Rounding
@@ -29,7 +30,6 @@ def quantize(passes: Passes) -> QuantizedBlocks:
 def _rounding(passes: Passes) -> Rounding:
     recipe = passes.recipe
     compensates = recipe.fineq.rounding == "gptq"
-    search = {"grid_steps", "grid_max_shrink", "grid_norm"}
 
     def quantize_rows(
         W: Tensor, H: Tensor | None, kept: Tensor | None
@@ -66,7 +66,7 @@ def _rounding(passes: Passes) -> Rounding:
             "dtype": passes.dtype_name,
             "rounding": recipe.fineq.rounding,
             "gptq": recipe.gptq.model_dump(
-                mode="json", include=None if compensates else search
+                mode="json", include=None if compensates else GRID_SETTINGS
             ),
         },
     )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tacq_vllm.config import GptqConfig
 from tacq_vllm.format.linear import PlanesLayout
-from tacq_vllm.quantize.grid import fit_grid
+from tacq_vllm.quantize.grid import GRID_SETTINGS, fit_grid
 from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.packed import PackedRounder
 from tacq_vllm.quantize.passes import Passes, check_linears
@@ -33,9 +33,7 @@ def quantize(passes: Passes) -> QuantizedBlocks:
         "bits": recipe.bits,
         "group_size": recipe.group_size,
         "dtype": passes.dtype_name,
-        "grid": recipe.gptq.model_dump(
-            mode="json", include={"grid_steps", "grid_max_shrink", "grid_norm"}
-        ),
+        "grid": recipe.gptq.model_dump(mode="json", include=GRID_SETTINGS),
     }
     return passes.blocks("rtn", "quantization", rounder, depends)
 
