@@ -1,10 +1,10 @@
-"""One clear line when vLLM is given something that cannot be served."""
+"""The plugin's lines in vLLM's log; one of them when something cannot be served."""
 
 from typing import NoReturn
 
 from vllm.logger import init_logger
 
-# Under vLLM's own logger, so that the line looks and goes like vLLM's others.
+# Under vLLM's own logger, so that lines look and go like vLLM's others.
 logger = init_logger(f"vllm.{__name__}")
 
 

@@ -3,16 +3,13 @@
 from pathlib import Path
 
 import torch
-from vllm.logger import init_logger
 
 from tacq_vllm.format.layouts import stored_bytes
 from tacq_vllm.format.schema import QuantizationSchema
 from tacq_vllm.format.stored import StoredLinear
+from tacq_vllm.integrations.vllm.errors import logger
 from tacq_vllm.kernels.ops import kernel_name
 from tacq_vllm.kernels.tiles import TiledLinear
-
-# Under vLLM's own logger, so that the line looks and goes like vLLM's others.
-logger = init_logger(f"vllm.{__name__}")
 
 
 class LoadSummary:
