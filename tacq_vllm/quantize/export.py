@@ -26,9 +26,9 @@ from tacq_vllm.format.simulated import (
 from tacq_vllm.format.staging import staged_folder
 from tacq_vllm.format.stored import Layout
 from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.layerwise import LinearReport, QuantizedBlocks
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
+from tacq_vllm.quantize.quantized import LinearReport, QuantizedBlocks
 from tacq_vllm.quantize.workdir import check_output
 
 REPORT_NAME = "report.jsonl"

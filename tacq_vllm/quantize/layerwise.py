@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import partial
 from time import perf_counter
 
@@ -10,8 +10,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from tacq_vllm.format.stored import Layout, StoredLinear
-from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.blocks import (
     BlockCalls,
     OnGroup,
@@ -24,6 +22,11 @@ from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gptq import Hessian, relative_error
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Phase, Progress
+from tacq_vllm.quantize.quantized import (
+    LinearReport,
+    QuantizedBlocks,
+    block_file,
+)
 from tacq_vllm.quantize.rounder import GroupInputs, RoundedLinear, Rounder
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.workdir import PhaseFolder
@@ -40,71 +43,6 @@ _MIN_UNITS = 16
 
 _MEMORY_SHARE = 0.25
 """Of the free memory, for batches that wait inside a block."""
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """What quantizing one linear gave."""
-
-    name: str
-    bits: int
-    group_size: int
-    outliers: int
-    stored_bytes: int
-    """What all its parts take when they are packed."""
-    error: float
-    """Squared output error over squared output, on the calibration text; of a method
-    that needs no text, squared error over squared weight."""
-    damp_percent: float | None
-    """Damping of the Hessian, of a method that has one."""
-
-
-REPORT_FIELDS = [field.name for field in fields(LinearReport)]
-"""What is stored of a linear: a work folder that has other things is of no use."""
-
-
-class QuantizedBlocks:
-    """The stored result of a pass."""
-
-    def __init__(self, base: BaseModel, rounder: Rounder, folder: PhaseFolder) -> None:
-        self._base = base
-        self._rounder = rounder
-        self._folder = folder
-
-    @property
-    def layout(self) -> Layout | None:
-        """How codes are packed; None: simulated, the tensors are 16-bit weights."""
-        return self._rounder.layout
-
-    def tensors(self, linear: str) -> dict[str, Tensor]:
-        """What the checkpoint holds of a linear, mapped from its file."""
-        prefix = f"{linear}."
-        stored = self._folder.load(_block(self._base.block_of(linear)), prefix)
-        return {name.removeprefix(prefix): t for name, t in stored.items()}
-
-    def packed(self, linear: str) -> StoredLinear:
-        """The tensors of one linear that is packed."""
-        assert self.layout is not None
-        in_features = self._base.linears()[linear].in_features
-        return self.layout.linear(self.tensors(linear), in_features)
-
-    def weight(self, linear: str) -> Tensor:
-        """What a packed linear stands for: float32 [out, in] on the device."""
-        return dequantize(self.packed(linear)).to(self._base.device)
-
-    def reports(self) -> Iterator[LinearReport]:
-        """The report of every linear, in order."""
-        for notes in self._notes():
-            for report in json.loads(notes["reports"]):
-                yield LinearReport(**report)
-
-    def seconds(self) -> list[float]:
-        """Wall time of each block."""
-        return [float(notes["seconds"]) for notes in self._notes()]
-
-    def _notes(self) -> Iterator[dict[str, str]]:
-        for index in range(len(self._base.blocks)):
-            yield self._folder.notes(_block(index))
 
 
 class BlockPass:
@@ -162,7 +100,7 @@ class BlockPass:
             QuantizeError: a linear cannot be quantized; it is named.
         """
         base = self._base
-        left = [i for i in range(len(base.blocks)) if _block(i) not in self._folder]
+        left = [i for i in range(len(base.blocks)) if block_file(i) not in self._folder]
         if len(left) < len(base.blocks):
             progress.note(
                 f"{phase}: {len(base.blocks) - len(left)} of {len(base.blocks)} "
@@ -214,7 +152,7 @@ class BlockPass:
                 "reports": json.dumps([asdict(report) for report in reports]),
                 "seconds": str(perf_counter() - start),
             }
-            self._folder.save(_block(index), tensors, notes)
+            self._folder.save(block_file(index), tensors, notes)
         self._world.wait()
         for number, _ in self._batches:
             self._hidden.remove(index, number)
@@ -307,7 +245,3 @@ def _join_short(
         units[-1].append((number, batch))
         missing -= batch.numel()
     return units
-
-
-def _block(index: int) -> str:
-    return f"block-{index:04d}"

@@ -18,9 +18,10 @@ from tacq_vllm.quantize import gradients
 from tacq_vllm.quantize.calibration import calibrate
 from tacq_vllm.quantize.depends import Depends, common_depends, digest
 from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.layerwise import REPORT_FIELDS, BlockPass, QuantizedBlocks
+from tacq_vllm.quantize.layerwise import BlockPass
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
+from tacq_vllm.quantize.quantized import REPORT_FIELDS, QuantizedBlocks
 from tacq_vllm.quantize.rounder import Rounder
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir, fingerprint

@@ -12,11 +12,12 @@ from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.quantize.blocks import group_linears
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gptq import Hessian, quantize_matrix, relative_error
-from tacq_vllm.quantize.layerwise import BlockPass, QuantizedBlocks
+from tacq_vllm.quantize.layerwise import BlockPass
 from tacq_vllm.quantize.methods.gptq import gptq_rounder
 from tacq_vllm.quantize.methods.packed import Masks, keep_none
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
+from tacq_vllm.quantize.quantized import QuantizedBlocks
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
 from tacq_vllm.quantize.world import World

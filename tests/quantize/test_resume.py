@@ -18,8 +18,8 @@ from tacq_vllm.config import Recipe, override_recipe
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize import passes
 from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.layerwise import REPORT_FIELDS
 from tacq_vllm.quantize.model import BaseModel
+from tacq_vllm.quantize.quantized import REPORT_FIELDS
 from tests.builders import quantize_arguments, truncate
 from tests.conftest import (
     Recorder,

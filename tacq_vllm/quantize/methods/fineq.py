@@ -10,11 +10,11 @@ from tacq_vllm.format.clustered import ClusteredLayout
 from tacq_vllm.quantize.clusters import round_to_clusters
 from tacq_vllm.quantize.clusters_gptq import compensate_clusters
 from tacq_vllm.quantize.grid import GRID_SETTINGS
-from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.packed import Masks, PackedRounder
 from tacq_vllm.quantize.methods.rounding import Rounding
 from tacq_vllm.quantize.methods.tacq import quantize_keeping
 from tacq_vllm.quantize.passes import Passes, check_linears
+from tacq_vllm.quantize.quantized import QuantizedBlocks
 from tacq_vllm.quantize.result import ClusterResult
 
 

@@ -6,10 +6,10 @@ from torch import Tensor
 from tacq_vllm.config import Recipe
 from tacq_vllm.format.linear import PlanesLayout
 from tacq_vllm.quantize.gptq import quantize_matrix
-from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.packed import Masks, PackedRounder
 from tacq_vllm.quantize.methods.rounding import Rounding
 from tacq_vllm.quantize.passes import Passes, check_linears
+from tacq_vllm.quantize.quantized import QuantizedBlocks
 from tacq_vllm.quantize.result import GridResult
 from tacq_vllm.quantize.world import World
 

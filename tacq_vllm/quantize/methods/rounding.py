@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tacq_vllm.quantize.depends import Depends
-from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.packed import Masks, PackedRounder, keep_none
 from tacq_vllm.quantize.passes import Passes
+from tacq_vllm.quantize.quantized import QuantizedBlocks
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from torch import Tensor
 from tacq_vllm.config import GptqConfig
 from tacq_vllm.format.linear import PlanesLayout
 from tacq_vllm.quantize.grid import GRID_SETTINGS, fit_grid
-from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.packed import PackedRounder
 from tacq_vllm.quantize.passes import Passes, check_linears
+from tacq_vllm.quantize.quantized import QuantizedBlocks
 from tacq_vllm.quantize.result import GridResult
 
 

@@ -14,7 +14,6 @@ from tacq_vllm.config import GptqConfig
 from tacq_vllm.config_methods import SlimLlmConfig
 from tacq_vllm.quantize.columns import lazy_block, round_columns
 from tacq_vllm.quantize.gptq import inverse_factor
-from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.simulated import SimulatedRounder
 from tacq_vllm.quantize.methods.slim_grid import (
     RoundValues,
@@ -22,6 +21,7 @@ from tacq_vllm.quantize.methods.slim_grid import (
     fit_simply,
 )
 from tacq_vllm.quantize.passes import Passes, check_linears
+from tacq_vllm.quantize.quantized import QuantizedBlocks
 from tacq_vllm.quantize.result import SimulatedResult
 from tacq_vllm.quantize.rounder import GroupInputs
 from tacq_vllm.quantize.world import World

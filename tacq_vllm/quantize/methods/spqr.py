@@ -17,10 +17,10 @@ from tacq_vllm.config import Recipe
 from tacq_vllm.config_methods import SpqrConfig
 from tacq_vllm.quantize.columns import lazy_block, round_columns
 from tacq_vllm.quantize.gptq import inverse_factor
-from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.simulated import SimulatedRounder
 from tacq_vllm.quantize.methods.spqr_grid import RangeGrid, fit_group
 from tacq_vllm.quantize.passes import Passes, check_linears
+from tacq_vllm.quantize.quantized import QuantizedBlocks
 from tacq_vllm.quantize.result import SimulatedResult, sparse_bits
 from tacq_vllm.quantize.rounder import GroupInputs
 from tacq_vllm.quantize.world import World

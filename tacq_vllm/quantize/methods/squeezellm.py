@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tacq_vllm.config_methods import SqueezeLlmConfig
 from tacq_vllm.quantize.kmeans import nearest_centers, weighted_kmeans
-from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods.simulated import SimulatedRounder
 from tacq_vllm.quantize.passes import Passes, check_linears
+from tacq_vllm.quantize.quantized import QuantizedBlocks
 from tacq_vllm.quantize.result import SimulatedResult, sparse_bits
 from tacq_vllm.quantize.rounder import GroupInputs
 from tacq_vllm.quantize.selection import select_top

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 
 from tacq_vllm.config import Method
-from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods import (
     fineq,
     gptq,
@@ -14,6 +13,7 @@ from tacq_vllm.quantize.methods import (
     tacq,
 )
 from tacq_vllm.quantize.passes import Passes
+from tacq_vllm.quantize.quantized import QuantizedBlocks
 
 METHODS: Mapping[Method, Callable[[Passes], QuantizedBlocks]] = {
     "tacq": tacq.quantize,

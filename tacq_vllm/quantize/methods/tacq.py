@@ -12,11 +12,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from tacq_vllm.quantize.depends import Depends
-from tacq_vllm.quantize.layerwise import QuantizedBlocks
 from tacq_vllm.quantize.methods import gptq
 from tacq_vllm.quantize.methods.packed import Masks
 from tacq_vllm.quantize.methods.rounding import Rounding
 from tacq_vllm.quantize.passes import Gradients, Passes, check_linears
+from tacq_vllm.quantize.quantized import QuantizedBlocks
 from tacq_vllm.quantize.saliency import (
     gradient_power,
     needs_gradients,
