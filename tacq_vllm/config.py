@@ -27,7 +27,7 @@ SaliencyMetric = Literal["tacq", "qal", "msg", "grad", "fisher", "magnitude"]
 StorageDtype = Literal["bfloat16", "float16"]
 
 _MANY = 10**9
-"""More than anybody has samples, or tokens in one."""
+"""More samples, or tokens in a sample, than anybody has."""
 
 AnySection = TypeVar("AnySection", bound="Section")
 
@@ -198,7 +198,7 @@ class Recipe(Section):
 
     @property
     def own_group_size(self) -> int:
-        """Columns that share a scale as the method has it; -1: the whole row."""
+        """Columns that share a scale in this method; -1: the whole row."""
         if self.method not in OWN_GROUPS:
             return self.group_size
         return self.spqr.group_size if self.method == "spqr" else -1
@@ -218,7 +218,7 @@ class Recipe(Section):
 
     @property
     def sections_of_others(self) -> set[str]:
-        """The sections that have no effect: other methods have their settings there."""
+        """The sections without effect: settings of other methods, unused `outliers`."""
         sections = {"squeezellm", "spqr", "slim_llm", "fineq"}
         if not self.keeps_outliers:
             sections.add("outliers")

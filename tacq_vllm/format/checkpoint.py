@@ -45,7 +45,7 @@ class CheckpointWriter:
         self._total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Queue a tensor; full shards go to disk."""
+        """Queue a tensor of any type and shape; full shards go to disk."""
         if self._pending and self._pending_bytes + tensor.nbytes > (
             self._max_shard_bytes
         ):
@@ -233,7 +233,7 @@ def read_any_schema(folder: Path) -> AnySchema:
     """Read what a folder, packed or simulated, says of itself.
 
     Raises:
-        FormatError: neither of them.
+        FormatError: the folder is no TaCQ checkpoint, packed or simulated.
     """
     config = read_json(folder / CONFIG_NAME)
     return parse_simulated(config) or parse_schema(config.get("quantization_config"))

@@ -16,8 +16,8 @@ from tacq_vllm.format.schema import FormatError, LayoutName, QuantizationSchema
 from tacq_vllm.format.simulated import AnySchema, SimulatedSchema
 from tacq_vllm.format.validation import header_faults, load_linear
 
-_BLOCK = re.compile(r"[0-9]{1,9}")
-"""A number in a module's name; strangers may write others."""
+_NUMBER = re.compile(r"[0-9]{1,9}")
+"""A block's number in a module's name. A stranger's may have any number of digits."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,15 @@ def inspect_checkpoint(folder: Path) -> Inspection:
 
 
 def inspect_weights(folder: Path, schema: AnySchema) -> Inspection:
-    """As `inspect_checkpoint`, of a folder whose config.json is not there yet."""
+    """Count as `inspect_checkpoint` does, in a folder without a config.json yet.
+
+    Args:
+        folder: has the weight files.
+        schema: what config.json will say.
+
+    Raises:
+        FormatError: as `inspect_checkpoint`.
+    """
     with CheckpointReader(folder) as reader:
         if isinstance(schema, SimulatedSchema):
             return _inspect_simulated(reader, schema)
@@ -142,7 +150,11 @@ def _inspect_simulated(reader: CheckpointReader, schema: SimulatedSchema) -> Ins
 
 
 def outlier_counts(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept weights of one linear per row and per column: int64 [out], [in]."""
+    """Count one linear's kept weights per row and per column: int64 [out] and [in].
+
+    Raises:
+        FormatError: the folder is not a packed checkpoint.
+    """
     schema = read_schema(folder)
     with CheckpointReader(folder) as reader:
         linear = load_linear(reader, schema, name)
@@ -166,6 +178,6 @@ def _inspect_linear(schema: QuantizationSchema, name: str) -> LinearInfo:
 def _natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key under which block 9 comes before block 10."""
     return [
-        (int(part), "") if _BLOCK.fullmatch(part) else (-1, part)
+        (int(part), "") if _NUMBER.fullmatch(part) else (-1, part)
         for part in name.split(".")
     ]

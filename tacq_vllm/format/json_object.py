@@ -8,7 +8,7 @@ from typing import Any, Final
 from tacq_vllm.format.schema import FormatError
 
 MAX_BYTES: Final = 100_000_000
-"""What safetensors reads of a header at most; no config.json comes near it."""
+"""The largest header that safetensors reads; no config.json comes near it."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
         FormatError: as `read_json`.
     """
     try:
-        value = json.loads(content.decode(), object_pairs_hook=_without_doubles)
+        value = json.loads(content.decode(), object_pairs_hook=_unique_keys)
     except (_DoubleKey, ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, _DoubleKey) else f"not JSON: {error}"
         raise FormatError(f"{where}: {reason}") from error
@@ -56,7 +56,7 @@ def check_keys(content: bytes, where: str) -> None:
     """
 
     def forget(pairs: list[tuple[str, Any]]) -> None:
-        _without_doubles(pairs)
+        _unique_keys(pairs)
 
     try:
         json.loads(content.decode(), object_pairs_hook=forget)
@@ -68,7 +68,7 @@ class _DoubleKey(Exception):
     """Readers would differ in which of the two they take."""
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         counts = Counter(key for key, _ in pairs)

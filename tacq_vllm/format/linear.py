@@ -94,12 +94,12 @@ class PackedLinear:
 
     @property
     def weight_planes(self) -> tuple[Tensor, ...]:
-        """The planes of the codes, lowest bits first."""
+        """The planes of the codes, lowest bits first: int32 [out, words] each."""
         return _planes(self.qweight, self.qweight_high)
 
     @property
     def zero_planes(self) -> tuple[Tensor, ...]:
-        """The planes of the zero-points, lowest bits first."""
+        """The planes of the zero-points, lowest bits first: int32 [words, groups]."""
         return _planes(self.qzeros, self.qzeros_high)
 
     @cached_property

@@ -59,7 +59,13 @@ def encode_outliers(outliers: Outliers) -> Tensor:
 
 
 def decode_outliers(table: Tensor, out_features: int, dtype: torch.dtype) -> Outliers:
-    """Read a table that `check_outliers` has accepted; `dtype` is its values' type."""
+    """Read a table that `check_outliers` has accepted.
+
+    Args:
+        table: int32 [out + 1 + nnz].
+        out_features: rows of the weight.
+        dtype: float16 or bfloat16, the type of the values.
+    """
     row_offsets, entries = table[: out_features + 1], table[out_features + 1 :]
     value_bits = (entries >> 16).to(torch.int16)
     return Outliers(row_offsets, entries & 0xFFFF, value_bits.view(dtype))
@@ -102,7 +108,14 @@ def merge_outliers(parts: list[Outliers]) -> Outliers:
 def check_outliers(
     table: Tensor, out_features: int, in_features: int, dtype: torch.dtype
 ) -> str | None:
-    """Say what is wrong with a stored table, or None if a kernel may read it."""
+    """Say what is wrong with a stored table, or None if a kernel may read it.
+
+    Args:
+        table: int32 [out + 1 + nnz]; anything may come here.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        dtype: float16 or bfloat16, the type of the values.
+    """
     if table.dtype != torch.int32 or table.ndim != 1:
         return f"is {table.dtype} {list(table.shape)}, not a flat int32 table"
     if table.numel() < out_features + 1:
@@ -127,7 +140,7 @@ def check_outliers(
     if not bool(outliers.values.isfinite().all()):
         return "a kept value is not finite"
     if float(outliers.values.abs().max()) >= MAX_WEIGHT:
-        return "a kept value is so large that it is no weight"
+        return "a kept value is too large to be a weight"
     return None
 
 

@@ -51,7 +51,16 @@ def unpack_plane(words: Tensor, width: int, length: int, dim: int = -1) -> Tenso
 
 
 def pack_codes(codes: Tensor, bits: int, dim: int = -1) -> tuple[Tensor, ...]:
-    """Pack codes in [0, 2**bits) into one int32 tensor per plane, lowest bits first."""
+    """Pack codes into one tensor per plane, lowest bits first.
+
+    Args:
+        codes: integers [..., n, ...] in [0, 2**bits), with n at `dim`.
+        bits: 2, 3 or 4.
+        dim: the axis to pack; padded with zeros to whole words.
+
+    Returns:
+        int32 [..., packed_size(n, width), ...] for each width of `PLANE_WIDTHS`.
+    """
     planes, shift = [], 0
     for width in PLANE_WIDTHS[bits]:
         field = (codes >> shift) & ((1 << width) - 1)
@@ -63,7 +72,11 @@ def pack_codes(codes: Tensor, bits: int, dim: int = -1) -> tuple[Tensor, ...]:
 def unpack_codes(
     planes: tuple[Tensor, ...], bits: int, length: int, dim: int = -1
 ) -> Tensor:
-    """Invert `pack_codes`: uint8 codes with `length` at `dim`."""
+    """Invert `pack_codes`.
+
+    Returns:
+        uint8 [..., length, ...] with `length` at `dim`.
+    """
     low, *high = (
         unpack_plane(words, width, length, dim)
         for words, width in zip(planes, PLANE_WIDTHS[bits], strict=True)

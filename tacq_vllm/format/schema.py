@@ -49,10 +49,7 @@ class FormatError(ValueError):
 
 
 def printable(text: str) -> str:
-    """A text with line ends, control characters and half surrogates escaped.
-
-    Of a very long one only the beginning is left.
-    """
+    """Escape line ends, control characters and half surrogates; cut very long texts."""
     line = "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode()
         for char in text[:_MAX_LINE]

@@ -37,7 +37,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def passing_folder(folder: Path) -> Iterator[None]:
-    """What the body makes there goes with it, as does what a killed one has left."""
+    """Remove a folder after the body; before it too, as a killed run leaves one."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
         yield

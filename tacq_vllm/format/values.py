@@ -36,17 +36,22 @@ def check_linear(linear: StoredLinear) -> LinearFault | None:
 
 
 def check_scales(scales: Tensor, layout: Layout) -> str | None:
-    """Say what is wrong with scales, or None."""
+    """Say what is wrong with scales, 16-bit [out, groups], or None."""
     if not bool(scales.isfinite().all()):
         return "a value is not finite"
     step = layout.largest_step
     if float(scales.abs().max()) * step >= MAX_WEIGHT:
-        return f"a value is so large that {step} times it is no weight"
+        return f"{step} times a value is too large to be a weight"
     return None
 
 
 def check_range(linear: StoredLinear, dtype: torch.dtype) -> LinearFault | None:
-    """Say which tensor holds what a model of a type cannot multiply with, or None."""
+    """Say which tensor holds a value that a model's type cannot hold, or None.
+
+    Args:
+        linear: its values have passed `check_linear`.
+        dtype: the type that the model is loaded in.
+    """
     limit = torch.finfo(dtype).max
     if limit >= MAX_WEIGHT:
         return None

@@ -75,7 +75,7 @@ def test_scales_that_no_weight_has_are_refused() -> None:
 
     stored.scales[2, 0] = -(2.0**125)
     fault = check_linear(stored)
-    assert str(fault) == "scales: a value is so large that 4 times it is no weight"
+    assert str(fault) == "scales: 4 times a value is too large to be a weight"
 
     stored.scales[2, 0] = -(2.0**14)
     assert check_linear(stored) is None

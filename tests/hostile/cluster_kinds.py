@@ -82,7 +82,7 @@ KINDS = [
         "a huge scale of clusters",
         replace(SCALES, put(7, -1e38)),
         SCALES,
-        "so large that 4 times it is no weight",
+        "4 times a value is too large to be a weight",
     ),
     _tensor(
         "a weight kept in the padding",

@@ -209,5 +209,5 @@ KINDS = [
     _kind("a row before it", _offset(40, -(2**31)), TABLE, "row offsets run backwards"),
     _kind("a kept NaN", _value(3, NAN), TABLE, "a kept value is not finite"),
     _kind("a kept infinity", _value(3, INFINITY), TABLE, "a kept value is not finite"),
-    _kind("a kept giant", _value(3, HUGE), TABLE, "so large that it is no weight"),
+    _kind("a kept giant", _value(3, HUGE), TABLE, "too large to be a weight"),
 ]
