@@ -26,7 +26,11 @@ class KeptWeights:
         self._selection = select_top(source.linears, self._scores, int(ratio * count))
 
     def original(self, name: str) -> Tensor:
-        """The weight of a linear in the 16-bit model: [out, in]."""
+        """The weight of a linear in the 16-bit model, in its type: [out, in].
+
+        Raises:
+            QuantizeError: the model lacks it, has another shape, or is not finite.
+        """
         stored = f"{name}.weight"
         if stored not in self._base:
             raise QuantizeError(f"{stored}: the base model has no such tensor")

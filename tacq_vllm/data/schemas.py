@@ -18,6 +18,9 @@ def read_schemas(data_root: Path | None) -> Mapping[str, str]:
     """The text by database, from `data_root` or, without one, from the Hub.
 
     The Hub has tables, columns and types only, so its text is without keys.
+
+    Raises:
+        DataError: the file or the Hub cannot be read, or a database is malformed.
     """
     if data_root is None:
         return dict(_hub_schema(where, row) for where, row in read_hub(_HUB))

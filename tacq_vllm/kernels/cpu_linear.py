@@ -57,7 +57,7 @@ def supports(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> bo
 
 
 def kernel_name(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> str:
-    """Which of them does it."""
+    """Which kernel multiplies weights like these with x of a type."""
     rounds = _rounds(x_dtype, _weight(linear))
     return f"cpu int8 {int8_name()}" if rounds else "cpu exact"
 
@@ -65,7 +65,7 @@ def kernel_name(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) ->
 def arrange(
     linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype
 ) -> PackedLinear | ClusteredLinear:
-    """They take it as it is stored."""
+    """The weight itself: the kernels read it as it is stored."""
     return linear
 
 

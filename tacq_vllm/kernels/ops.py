@@ -30,7 +30,7 @@ class Kernels(Protocol):
         """Whether the kernels multiply weights like these with x of a type."""
 
     def kernel_name(self, linear: Any, x_dtype: torch.dtype) -> str:
-        """Which of them does it."""
+        """Which kernel multiplies weights like these with x of a type."""
 
     def arrange(self, linear: Any, x_dtype: torch.dtype) -> Any:
         """The weight in the order that the kernels are fastest with."""

@@ -35,7 +35,7 @@ def supports(linear: Linear, x_dtype: torch.dtype) -> bool:
 
 
 def kernel_name(linear: Linear, x_dtype: torch.dtype) -> str:
-    """All of them do it, by the number of tokens."""
+    """One name for all: the number of tokens decides which kernel runs."""
     return "triton"
 
 

@@ -38,6 +38,9 @@ class BlockCalls:
         What lies outside the blocks must be resident. The keyword arguments of all
         blocks (masks, position embeddings), which depend on the shape of the tokens
         alone, are remembered for `run`.
+
+        Raises:
+            QuantizeError: the model calls its blocks in a way that is not supported.
         """
         keywords: list[dict[str, Any]] = []
         first: list[Tensor] = []
@@ -119,12 +122,16 @@ def run_block(
     Args:
         forwards: one per batch: runs the block on it.
         groups: linears that share their input.
-        in_memory: this many batches wait in memory where they have stopped.
+        in_memory: how many batches may wait in memory where they have stopped; the
+            others start anew.
         on_group: called with a group and its inputs, one per batch, to be iterated to
             the end; may change the linears' weights afterwards.
 
     Yields:
-        The block's output for each batch, in order.
+        The block's output for each batch, [n, seq_len, hidden], in order.
+
+    Raises:
+        QuantizeError: batches reach the groups in different orders.
     """
     main = getcurrent()
     group_of: dict[nn.Module, int] = {

@@ -12,6 +12,7 @@ from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.world import World
 
 Depends = dict[str, Any]
+"""JSON values by name: two runs of a phase that agree in them give the same result."""
 
 
 def common_depends(base: BaseModel, world: World) -> Depends:
@@ -29,7 +30,7 @@ def common_depends(base: BaseModel, world: World) -> Depends:
 
 
 def digest(parts: Iterable[object]) -> str:
-    """Digest of a sequence of bytes and of what is written by `repr`."""
+    """SHA-256 of a sequence: of bytes as they are, of all else by its `repr`."""
     total = hashlib.sha256()
     for part in parts:
         content = part if isinstance(part, bytes) else repr(part).encode()

@@ -36,6 +36,7 @@ TIMINGS_NAME = "timings.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 
 WriteCard = Callable[[Path, AnySchema], None]
+"""Adds the model card to a folder that has all weights, given what config.json says."""
 
 
 def export_checkpoint(

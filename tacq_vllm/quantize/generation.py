@@ -25,6 +25,10 @@ def generate_windows(
     A chat model opens with the header of a user's turn, so that it writes both a
     question and its answer; another one opens with its first token alone. The end of
     a turn does not end the window. The whole model is in memory meanwhile.
+
+    Raises:
+        QuantizeError: a window has no room after the chat template, or the tokenizer
+            has no token to begin with.
     """
     prompt = _prompt(base.tokenizer).to(base.device)
     length = config.seq_len - prompt.numel()

@@ -145,6 +145,8 @@ def quantize_matrix(
 def inverse_factor(H: Tensor, damp_percent: float) -> tuple[Tensor, float]:
     """Upper Cholesky factor of the damped Hessian's inverse, and the damping used.
 
+    Both matrices are float32 [in, in] (GPTQ paper, algorithm 1).
+
     An input that is always zero gets the others' mean diagonal, so that its weights are
     rounded to the nearest value. Where the factorization fails, damping doubles.
 

@@ -33,7 +33,7 @@ class Grid:
         return (W / self.scales).round_().add_(self.zeros).clamp_(0, self.max_code)
 
     def values(self, codes: Tensor) -> Tensor:
-        """Values that codes stand for."""
+        """What codes stand for, float32 [out] or [out, n] as `scales` broadcast."""
         return (codes - self.zeros) * self.scales
 
     def over_columns(self) -> "Grid":

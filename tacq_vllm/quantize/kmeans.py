@@ -66,7 +66,7 @@ class _Rows:
         return self.sums.gather(2, edges.expand(3, -1, -1)).diff()
 
     def improve(self, centers: Tensor, steps: int) -> Tensor:
-        """Lloyd's steps; a center that no weight is next to stays where it is."""
+        """Move centers [rows, k] by Lloyd's steps; one without weights stays."""
         for _ in range(steps):
             mass, moment, _ = self.between(self.edges(centers))
             moved = torch.where(mass > 0, moment / mass, centers)

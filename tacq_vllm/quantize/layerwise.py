@@ -39,10 +39,10 @@ _UNIT_TOKENS = 512
 """Batches of short samples are measured together, until they have so many tokens."""
 
 _MIN_UNITS = 16
-"""Into which a short calibration text is cut, so that processes can share it."""
+"""A short calibration text is cut into so many units, for processes to share."""
 
 _MEMORY_SHARE = 0.25
-"""Of the free memory, for batches that wait inside a block."""
+"""Share of the free memory that batches waiting inside a block may take."""
 
 
 class BlockPass:
@@ -54,6 +54,9 @@ class BlockPass:
         samples: calibration tokens; none where inputs do not matter.
         folder: keeps every finished block, and what the next one needs.
         world: shares out the samples.
+
+    Raises:
+        QuantizeError: there are more processes than batches of samples.
     """
 
     def __init__(

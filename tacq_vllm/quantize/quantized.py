@@ -31,8 +31,8 @@ class LinearReport:
 
 
 REPORT_FIELDS = [field.name for field in fields(LinearReport)]
-"""What is stored of a linear; a work folder of a version that stored others is of no
-use."""
+"""Part of a pass's fingerprint: results that were stored with other fields are not
+read."""
 
 
 class QuantizedBlocks:

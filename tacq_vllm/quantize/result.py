@@ -25,10 +25,10 @@ class PackableResult(Protocol):
         """Damping that made the Hessian's Cholesky factorization succeed, if any."""
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The result after a change of the rows of every tensor."""
+        """The result after the same change to the rows of every tensor [out, ...]."""
 
     def pack(self, kept: Tensor) -> StoredLinear:
-        """The tensors of the checkpoint; `kept` is the mask that was passed in."""
+        """The tensors of the checkpoint; `kept` is the mask given before, [out, in]."""
 
 
 @dataclass(frozen=True)

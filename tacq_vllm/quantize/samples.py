@@ -15,7 +15,7 @@ from tacq_vllm.data.sets import NAMED_SETS, load_named_set
 from tacq_vllm.quantize.errors import QuantizeError
 
 Span = tuple[int, int]
-"""Characters from, and up to."""
+"""The first character, and the one after the last."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sample:
 
     @classmethod
     def of(cls, tokens: Tensor) -> "Sample":
-        """A sample of which every token counts."""
+        """A sample of tokens, int64 [n], all of which count."""
         return cls(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
     def targets(self) -> Tensor:
@@ -177,7 +177,17 @@ def join_tokens(samples: Iterable[Sample]) -> Tensor:
 def render_chat(
     tokenizer: Any, messages: list[Any], where: str, *, answer_next: bool = False
 ) -> str:
-    """Write a chat through the model's template; `where` is named if that fails."""
+    """Write a chat through the model's template.
+
+    Args:
+        tokenizer: has the template.
+        messages: with `role` and `content` each.
+        where: what an error calls the chat.
+        answer_next: end with what opens the assistant's turn.
+
+    Raises:
+        QuantizeError: the template fails.
+    """
     try:
         return str(
             tokenizer.apply_chat_template(

@@ -23,7 +23,7 @@ class Selection:
     """Scores equal to the threshold that each linear selects, in row order."""
 
     def mask(self, name: str, scores: Tensor) -> Tensor:
-        """The selected weights of one linear: bool, shaped as its scores."""
+        """The selected weights of one linear: bool, shaped as its scores [out, in]."""
         bits = _bits(scores)
         mask = bits > self.threshold
         if self.ties.get(name):

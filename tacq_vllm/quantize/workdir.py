@@ -104,10 +104,10 @@ class WorkDir:
         return PhaseFolder(folder)
 
     def differences(self, name: str, depends: Mapping[str, Any]) -> list[str]:
-        """What the phase depended on in earlier runs, where it was not this.
+        """What has changed since the earlier run of a phase that differs least.
 
-        Of several earlier runs that depended on the same things the one that differs
-        least is told; without one the list is empty.
+        Runs that depended on other things, by name, are not compared; without an
+        earlier run the list is empty.
         """
         wanted = json.loads(json.dumps(depends))
         earlier = [

@@ -46,7 +46,7 @@ class World:
     def rows(self, count: int, multiple: int = 1) -> slice:
         """The rows of a matrix that this process works on.
 
-        So many as `multiple`, from the first row on, are never parted.
+        Blocks of `multiple` rows, counted from the first, stay together.
         """
         each = self._rows_each(count, multiple)
         return slice(min(self.rank * each, count), min((self.rank + 1) * each, count))

@@ -54,7 +54,7 @@ def hold_out(count: int, share: float) -> tuple[range, range]:
     """Divide samples, which are in random order: those to train on, and the others.
 
     Raises:
-        QuantizeError: there are not two.
+        QuantizeError: there are fewer than two.
     """
     if count < 2:
         raise QuantizeError(

@@ -38,7 +38,13 @@ class Budget:
 
 
 class Clock:
-    """Seconds since a run began, also its earlier parts; the same in all processes."""
+    """Seconds of a run, its earlier parts included; the same in all processes.
+
+    Args:
+        world: the processes.
+        device: where they add up.
+        before: seconds of the earlier parts.
+    """
 
     def __init__(self, world: World, device: torch.device, before: float) -> None:
         self._world = world
@@ -56,7 +62,7 @@ class Clock:
 def learning_rate(share: float, config: RecoverConfig) -> float:
     """Share of the highest learning rate when a share of the budget is spent."""
     if share < config.warmup:
-        # The first step is not lost.
+        # A first step at rate 0 would be lost.
         return max(share / config.warmup, 0.1)
     along = (share - config.warmup) / (1 - config.warmup)
     cosine = (1 + math.cos(math.pi * min(along, 1.0))) / 2

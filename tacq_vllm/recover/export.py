@@ -28,6 +28,7 @@ from tacq_vllm.recover.state import History
 from tacq_vllm.recover.student import Student
 
 WriteCard = Callable[[Path, QuantizationSchema], None]
+"""As `quantize.export.WriteCard`, of packed checkpoints."""
 
 
 def export_student(

@@ -43,7 +43,7 @@ class Lattice:
         return weight.view(*self.scales.shape, -1)
 
     def rows(self, part: slice) -> "Lattice":
-        """The same of some rows, of which no weight is kept."""
+        """The lattice of some rows, without kept weights."""
         nothing = self.kept[:0]
         return Lattice(self.scales[part], self.zeros[part], nothing, self.max_code)
 
@@ -76,7 +76,7 @@ class Lattice:
         return position.div_(self.steps()).add_(self.zeros.unsqueeze(-1)).round_()
 
     def levels(self, codes: Tensor) -> Tensor:
-        """Clipped codes less zero-points, in place; 0 where a weight is kept."""
+        """Clip codes [out, groups, size], less zero-points, in place; 0 where kept."""
         codes.clamp_(0, self.max_code).sub_(self.zeros.unsqueeze(-1))
         codes.view(-1)[self.kept] = 0.0
         return codes

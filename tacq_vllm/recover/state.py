@@ -32,7 +32,7 @@ class Record:
 
 
 RECORD_FIELDS = [field.name for field in fields(Record)]
-"""What is stored of a step: a work folder that has other things is of no use."""
+"""Part of the training's fingerprint: a state stored with other fields is not read."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class StateFolder:
     def load(
         self, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer
     ) -> History:
-        """Go to where training stood, in place; nothing is stored: an empty history."""
+        """Restore values and moments in place; gives the history, at first empty."""
         if _STATE not in self._folder:
             return History()
         tensors = self._folder.load(_STATE)

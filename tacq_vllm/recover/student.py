@@ -64,7 +64,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def load_trained(self, state: dict[str, Tensor]) -> None:
-        """Go to other trained values."""
+        """Replace the trained values, each by its name and of its shape."""
         for name, parameter in self.trained_state().items():
             parameter.copy_(state[name])
 

@@ -28,7 +28,7 @@ class Teacher:
         self._folder = folder
 
     def states(self, number: int) -> Tensor:
-        """Those of a sample, mapped from their file."""
+        """The states of a sample, bfloat16 [n, hidden], mapped from their file."""
         return self._folder.load_tensor(_states(number), "states")
 
     @property

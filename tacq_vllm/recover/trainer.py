@@ -37,7 +37,7 @@ _BETAS = (0.9, 0.99)
 def open_accelerator(
     precision: Precision, device: torch.device
 ) -> Iterator[Accelerator]:
-    """What places the model, casts its products and adds gradients up."""
+    """Open what places the model, casts its products and adds up gradients."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" or _cpu_has_bf16() else "fp32"
     # Every buffer is the same in all processes, and stays so.

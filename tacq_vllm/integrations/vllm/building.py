@@ -1,4 +1,4 @@
-"""The configuration that vLLM is making while it asks a quantization method."""
+"""The configuration that vLLM is building when it asks a quantization method."""
 
 import inspect
 
@@ -6,7 +6,7 @@ from vllm.config import VllmConfig
 
 
 def config_in_the_making() -> VllmConfig | None:
-    """What is being made, in the process that serves; None elsewhere.
+    """The configuration under construction, in the process that serves; else None.
 
     vLLM shows its quantization methods neither the parallel configuration nor that of
     loading before they are in the workers, so this looks at who is calling.

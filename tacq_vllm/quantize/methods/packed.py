@@ -23,7 +23,7 @@ inputs (None where inputs do not matter) and the mask of those kept."""
 
 
 def keep_none(name: str) -> None:
-    """The masks of a method that keeps no weights."""
+    """Keep no weights of a linear: the `Masks` of a method without outliers."""
     return None
 
 

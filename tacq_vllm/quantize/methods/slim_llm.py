@@ -175,9 +175,14 @@ def divergences(W: Tensor, x: Tensor, ranking: Tensor, bits: int) -> Tensor:
 
 
 def choose_bits(ranking: Tensor, losses: Tensor, bits: int) -> list[int]:
-    """Bits of each group, by the number of raised ones that lost least.
+    """Choose the bits of each group, by the number of raised ones that lost least.
 
     With fewer than four groups there is no choice, and all have the same.
+
+    Args:
+        ranking: int64 [groups], the least salient first.
+        losses: float64, from `divergences`, of all processes together.
+        bits: bits of a code on average.
     """
     group_bits = [bits] * len(ranking)
     if losses.numel() == 0:
