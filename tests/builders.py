@@ -10,9 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tacq_vllm.format.checkpoint import CONFIG_NAME, WEIGHTS_NAME, CheckpointWriter
+from tacq_vllm.format.checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    CheckpointReader,
+    CheckpointWriter,
+    read_schema,
+)
 from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import select_outliers
+from tacq_vllm.format.validation import load_linear
+from tacq_vllm.kernels.reference import dequantize
 
 Change = Callable[[dict[str, Tensor]], None]
 """What changes tensors of a checkpoint, by name, in place."""
@@ -120,6 +128,14 @@ def save_sharded(source: Path, folder: Path) -> Path:
         writer.add(name, tensor)
     writer.close()
     return folder
+
+
+def stored_weights(folder: Path) -> dict[str, Tensor]:
+    """Each quantized linear of a checkpoint, dequantized: float32 [out, in] by name."""
+    schema = read_schema(folder)
+    with CheckpointReader(folder) as reader:
+        linears = {name: load_linear(reader, schema, name) for name in schema.linears}
+        return {name: dequantize(linear) for name, linear in linears.items()}
 
 
 def remove(name: str) -> Change:

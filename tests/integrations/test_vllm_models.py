@@ -11,12 +11,11 @@ from torch import Tensor
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import tacq_vllm.integrations.transformers  # noqa: F401
-from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
+from tacq_vllm.format.checkpoint import read_schema
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.layouts import linear_specs
-from tacq_vllm.format.validation import find_faults, load_linear
-from tacq_vllm.kernels.reference import dequantize
-from tests.builders import rewrite_schema, rewrite_tensors
+from tacq_vllm.format.validation import find_faults
+from tests.builders import rewrite_schema, rewrite_tensors, stored_weights
 from tests.integrations.asking import Answer, Worker, transformers_tokens
 from tests.integrations.conftest import FAMILIES, FamilyCheckpoint
 from tests.integrations.vllm_worker import NEW_TOKENS
@@ -71,13 +70,8 @@ def test_two_ranks_say_the_same(
 def leave_out(folder: Path, names: list[str]) -> None:
     """Make some linears of a checkpoint as if they had never been quantized."""
     schema = read_schema(folder)
-    with CheckpointReader(folder) as reader:
-        weights = {
-            f"{name}.weight": dequantize(
-                load_linear(reader, schema, name), torch.bfloat16
-            )
-            for name in names
-        }
+    stored = stored_weights(folder)
+    weights = {f"{name}.weight": stored[name].to(torch.bfloat16) for name in names}
 
     def change(tensors: dict[str, Tensor]) -> None:
         for name in names:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.builders import stored_weights
 from tests.integrations.conftest import FAMILIES, FamilyCheckpoint
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -21,8 +22,7 @@ from vllm.model_executor.model_loader.utils import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
-from tacq_vllm.format.validation import load_linear
+from tacq_vllm.format.checkpoint import read_schema
 from tacq_vllm.integrations.vllm.linear import TacqLinearMethod
 from tacq_vllm.kernels.reference import dequantize
 
@@ -60,16 +60,6 @@ def load_as(monkeypatch):
         return model
 
     return load
-
-
-def stored_weights(folder: Path) -> dict[str, Tensor]:
-    """Each quantized linear as it is dequantized, by name."""
-    schema = read_schema(folder)
-    with CheckpointReader(folder) as reader:
-        return {
-            name: dequantize(load_linear(reader, schema, name), torch.float32)
-            for name in schema.linears
-        }
 
 
 def loaded_weights(model: nn.Module) -> dict[str, Tensor]:

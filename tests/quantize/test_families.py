@@ -22,11 +22,11 @@ from transformers import (
 
 import tacq_vllm.integrations.transformers  # noqa: F401 - registers the quantizer
 from tacq_vllm.config import Recipe
-from tacq_vllm.format.checkpoint import WEIGHTS_NAME, CheckpointReader, read_schema
-from tacq_vllm.format.validation import find_faults, load_linear
-from tacq_vllm.kernels.reference import dequantize
+from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
+from tacq_vllm.format.validation import find_faults
 from tacq_vllm.layers import TacqLinear
 from tacq_vllm.quantize.blocks import BlockCalls
+from tests.builders import stored_weights
 from tests.conftest import (
     SIZES,
     Recorder,
@@ -77,11 +77,8 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 def dequantized(model: Path, checkpoint: Path) -> PreTrainedModel:
     """The base model with the weights that the checkpoint's tensors stand for."""
     dense = load(model, torch.float32)
-    schema = read_schema(checkpoint)
-    with CheckpointReader(checkpoint) as reader:
-        for name in schema.linears:
-            weight = dequantize(load_linear(reader, schema, name))
-            dense.get_submodule(name).weight.data = weight
+    for name, weight in stored_weights(checkpoint).items():
+        dense.get_submodule(name).weight.data = weight
     return dense
 
 

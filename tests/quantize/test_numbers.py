@@ -14,9 +14,8 @@ from tacq_vllm.config import Recipe
 from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.format.validation import find_faults, load_linear
-from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.errors import QuantizeError
-from tests.builders import replace, rewrite_tensors
+from tests.builders import replace, rewrite_tensors, stored_weights
 from tests.conftest import SIZES, open_model, quick, run_pipeline, save_model
 
 ATTENTION = "model.layers.0.self_attn"
@@ -72,11 +71,6 @@ def assert_right(folder: Path, tokens: Tensor) -> PreTrainedModel:
     return packed
 
 
-def stored_weight(folder: Path, name: str) -> Tensor:
-    with CheckpointReader(folder) as reader:
-        return dequantize(load_linear(reader, read_schema(folder), name))
-
-
 def unchanged(model: PreTrainedModel) -> None:
     """Leave a model as it is."""
 
@@ -94,7 +88,7 @@ def test_no_input_at_all(quantize: Quantize, tokens: Tensor) -> None:
     folder = quantize(put("model.layers.0.input_layernorm.weight", slice(None), 0.0))
 
     assert_right(folder, tokens)
-    assert bool(stored_weight(folder, Q).any())
+    assert bool(stored_weights(folder)[Q].any())
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25, -3.0, 1e-30])
@@ -102,7 +96,7 @@ def test_constant_rows(quantize: Quantize, tokens: Tensor, value: float) -> None
     folder = quantize(put(f"{Q}.weight", slice(0, 5), value), **{"outliers.ratio": 0.0})
 
     assert_right(folder, tokens)
-    row = stored_weight(folder, Q)[0]
+    row = stored_weights(folder)[Q][0]
     # Errors of columns before move the ones after: near, not equal.
     assert bool(((row - value).abs() <= abs(value) / 4).all())
 
@@ -166,7 +160,7 @@ def test_rows_that_are_kept_whole(
     with CheckpointReader(folder) as reader:
         table = load_linear(reader, read_schema(folder), Q).outliers
     assert table[:9].diff().tolist() == [64] * 8
-    assert bool((stored_weight(folder, Q)[:8] == 40.0).all())
+    assert bool((stored_weights(folder)[Q][:8] == 40.0).all())
 
 
 def test_nothing_is_kept(quantize: Quantize, tokens: Tensor) -> None:

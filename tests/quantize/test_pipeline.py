@@ -15,14 +15,13 @@ from transformers import (
 
 from tacq_vllm.config import Recipe, override_recipe
 from tacq_vllm.format.checkpoint import (
-    CheckpointReader,
     read_schema,
 )
-from tacq_vllm.format.validation import find_faults, load_linear
-from tacq_vllm.kernels.reference import dequantize
+from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.export import TIMINGS_NAME
 from tacq_vllm.quantize.model import BaseModel
+from tests.builders import stored_weights
 from tests.conftest import (
     VOCAB_SIZE,
     Recorder,
@@ -113,11 +112,10 @@ def test_original_values_of_the_largest_weights(
     budget = int(0.01 * magnitudes.numel())
     threshold = magnitudes.topk(budget).values[-1]
     assert sum(schema.circuits["default"].values()) == budget
-    with CheckpointReader(tmp_path / "out") as reader:
-        for name, W in weights.items():
-            weight = dequantize(load_linear(reader, schema, name))
-            largest = W.abs() > threshold
-            assert torch.equal(weight[largest], W[largest])
+    stored = stored_weights(tmp_path / "out")
+    for name, W in weights.items():
+        largest = W.abs() > threshold
+        assert torch.equal(stored[name][largest], W[largest])
 
 
 def test_with_the_scope_of_a_linear_each_keeps_its_share(
@@ -135,14 +133,12 @@ def test_with_the_scope_of_a_linear_each_keeps_its_share(
     run_pipeline(tiny_base, recipe, tmp_path / "out", tmp_path / "work")
 
     schema = read_schema(tmp_path / "out")
-    with CheckpointReader(tmp_path / "out") as reader:
-        for name in tiny_base.linears():
-            W = tiny_base.weight(name)
-            budget = int(0.01 * W.numel())
-            assert schema.num_outliers(name) == budget
-            weight = dequantize(load_linear(reader, schema, name))
-            largest = W.abs() > W.abs().flatten().topk(budget).values[-1]
-            assert torch.equal(weight[largest], W[largest])
+    for name, weight in stored_weights(tmp_path / "out").items():
+        W = tiny_base.weight(name)
+        budget = int(0.01 * W.numel())
+        assert schema.num_outliers(name) == budget
+        largest = W.abs() > W.abs().flatten().topk(budget).values[-1]
+        assert torch.equal(weight[largest], W[largest])
 
 
 def test_with_the_scope_of_the_model_linears_compete(

@@ -3,28 +3,17 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
-from tacq_vllm.format.validation import find_faults, load_linear
-from tacq_vllm.kernels.reference import dequantize
+from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.world import World
 from tacq_vllm.recover.config import RecoverConfig
+from tests.builders import stored_weights
 from tests.quantize.test_world import torchrun
 from tests.recover.conftest import train
 from tests.recover.test_pipeline import held_out
 
 PROGRAM = "from tacq_vllm.cli import main; main()"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    schema = read_schema(folder)
-    with CheckpointReader(folder) as reader:
-        return {
-            name: dequantize(load_linear(reader, schema, name))
-            for name in schema.linears
-        }
 
 
 def test_two_processes_train_as_one(
@@ -49,7 +38,9 @@ def test_two_processes_train_as_one(
     assert result.stderr.count("training 6/6") == 1
     assert find_faults(tmp_path / "two") == []
     assert held_out(tmp_path / "two") == pytest.approx(held_out(alone), rel=1e-3)
-    found, expected, start = map(weights, (tmp_path / "two", alone, tiny_checkpoint))
+    found, expected, start = map(
+        stored_weights, (tmp_path / "two", alone, tiny_checkpoint)
+    )
     for name, weight in expected.items():
         # A code that is at the edge may fall to either side.
         noise = float((found[name] - weight).norm())

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from tacq_vllm.config import Recipe, RecipeError, override_recipe
 from tacq_vllm.format.checkpoint import CONFIG_NAME, CheckpointReader, read_schema
@@ -15,6 +14,7 @@ from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.clusters import round_to_clusters
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
+from tests.builders import stored_weights
 from tests.conftest import (
     Recorder,
     TinyLlama,
@@ -33,15 +33,6 @@ KEEPING = {"fineq.keep_outliers": True, "outliers.ratio": 0.01}
 @pytest.fixture
 def recipe(tiny_recipe: Recipe) -> Recipe:
     return quick(tiny_recipe, **CLUSTERS)
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    schema = read_schema(folder)
-    with CheckpointReader(folder) as reader:
-        return {
-            name: dequantize(load_linear(reader, schema, name))
-            for name in schema.linears
-        }
 
 
 def expected_bits(figures: Inspection) -> float:
@@ -76,7 +67,7 @@ def test_a_checkpoint_without_any_text(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# tiny-llama, FineQ 2.33 bits\n" in card
     assert "| calibration data | none |" in card
-    for name, weight in weights(tmp_path / "out").items():
+    for name, weight in stored_weights(tmp_path / "out").items():
         W = tiny_base.weight(name)
         nearest = round_to_clusters(W, None, -1, torch.bfloat16, recipe.gptq)
         assert torch.equal(weight, nearest.weight)

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from tacq_vllm.config import GptqConfig, Recipe
-from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
-from tacq_vllm.format.validation import find_faults, load_linear
+from tacq_vllm.format.checkpoint import read_schema
+from tacq_vllm.format.validation import find_faults
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.methods.rtn import round_to_nearest
 from tacq_vllm.quantize.model import BaseModel
+from tests.builders import stored_weights
 from tests.conftest import Recorder, assert_released, quick, run_pipeline
 from tests.quantize.methods.resuming import assert_goes_on
 
@@ -70,13 +71,11 @@ def test_a_checkpoint_without_any_text(
     assert "# tiny-llama, RTN 3 bits\n" in card
     assert "quantized with rounding to nearest" in card
     assert "| calibration data | none |" in card
-    with CheckpointReader(tmp_path / "out") as reader:
-        for name in schema.linears:
-            expected = round_to_nearest(
-                tiny_base.weight(name), 3, 32, torch.bfloat16, recipe.gptq
-            )
-            weight = dequantize(load_linear(reader, schema, name))
-            assert torch.equal(weight, expected.weight)
+    for name, weight in stored_weights(tmp_path / "out").items():
+        expected = round_to_nearest(
+            tiny_base.weight(name), 3, 32, torch.bfloat16, recipe.gptq
+        )
+        assert torch.equal(weight, expected.weight)
     assert_released(tiny_base)
 
 

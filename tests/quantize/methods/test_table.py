@@ -12,10 +12,9 @@ from tacq_vllm.config import Method, Recipe
 from tacq_vllm.format.checkpoint import CheckpointReader, read_any_schema
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.schema import QuantizationSchema
-from tacq_vllm.format.validation import load_linear
-from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.quantize.methods.table import METHODS
 from tacq_vllm.quantize.model import BaseModel
+from tests.builders import stored_weights
 from tests.conftest import quick, run_pipeline
 from tests.quantize.test_world import torchrun
 
@@ -87,12 +86,9 @@ def in_two(
 
 def weights(folder: Path) -> dict[str, Tensor]:
     schema = read_any_schema(folder)
+    if isinstance(schema, QuantizationSchema):
+        return stored_weights(folder)
     with CheckpointReader(folder) as reader:
-        if isinstance(schema, QuantizationSchema):
-            return {
-                name: dequantize(load_linear(reader, schema, name))
-                for name in schema.linears
-            }
         return {name: reader.load(f"{name}.weight") for name in schema.linears}
 
 
