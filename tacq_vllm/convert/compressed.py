@@ -90,7 +90,7 @@ class CompressedLayout(BaseModel):
     def unpack(
         self, tensors: Mapping[str, Tensor], out_features: int, in_features: int
     ) -> SourceLinear:
-        """As `Layout.unpack`."""
+        """See `SourceLayout`."""
         groups = num_groups(in_features, self.group_size)
         fields = WORD_BITS // self.bits
         code_words, zero_words = -(-in_features // fields), -(-out_features // fields)

@@ -63,7 +63,7 @@ class GptqLayout(BaseModel):
     def unpack(
         self, tensors: Mapping[str, Tensor], out_features: int, in_features: int
     ) -> SourceLinear:
-        """As `Layout.unpack`."""
+        """See `SourceLayout`."""
         groups = num_groups(in_features, self.group_size)
         code_words = -(-in_features * self.bits // WORD_BITS)
         zero_words = -(-out_features * self.bits // WORD_BITS)

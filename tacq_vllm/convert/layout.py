@@ -41,7 +41,7 @@ class SourceLinear:
         return steps
 
 
-class Layout(Protocol):
+class SourceLayout(Protocol):
     """How a format stores quantized linears."""
 
     @property

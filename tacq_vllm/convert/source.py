@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tacq_vllm.config import one_line
 from tacq_vllm.convert.compressed import CompressedLayout
 from tacq_vllm.convert.gptq import GptqLayout
-from tacq_vllm.convert.layout import Layout, SourceLinear
+from tacq_vllm.convert.layout import SourceLayout, SourceLinear
 from tacq_vllm.format.checkpoint import CONFIG_NAME
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.parallel import fused_modules, half_quantized
@@ -33,7 +33,7 @@ class Source:
     folder: Path
     config: dict[str, Any]
     """config.json without its `quantization_config`."""
-    layout: Layout
+    layout: SourceLayout
     files: WeightFiles
 
     @cached_property
@@ -120,7 +120,7 @@ def open_source(folder: Path) -> Source:
     return Source(folder, config, _parse_layout(folder, block), open_weights(folder))
 
 
-def _parse_layout(folder: Path, block: object) -> Layout:
+def _parse_layout(folder: Path, block: object) -> SourceLayout:
     method = block.get("quant_method") if isinstance(block, dict) else None
     if not isinstance(block, dict) or method not in ("gptq", "compressed-tensors"):
         raise QuantizeError(
