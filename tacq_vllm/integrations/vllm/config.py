@@ -69,7 +69,11 @@ class TacqConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> None:
-        """Take over nothing; refuse a TaCQ checkpoint under another method's flag."""
+        """Take over nothing; refuse a TaCQ checkpoint under another method's flag.
+
+        Raises:
+            ValueError: `--quantization` names another method.
+        """
         stored = hf_quant_cfg.get("quant_method")
         if stored == QUANT_METHOD and user_quant not in (None, QUANT_METHOD):
             refuse(
@@ -79,7 +83,11 @@ class TacqConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TacqConfig":
-        """Parse the `quantization_config` block."""
+        """Parse the `quantization_config` block.
+
+        Raises:
+            ValueError: it is not what SPEC.md describes.
+        """
         try:
             return cls(parse_schema(config))
         except FormatError as error:
@@ -91,6 +99,9 @@ class TacqConfig(QuantizationConfig):
         """Check what can be checked before any worker starts.
 
         That is the number of ranks, and the headers of the files.
+
+        Raises:
+            ValueError: the checkpoint cannot be cut so, or its files are at fault.
         """
         self._summary.name(model_name)
         check_tensor_parallel_size(self.schema)
@@ -102,7 +113,7 @@ class TacqConfig(QuantizationConfig):
                 refuse(error)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Follow a model that renames its modules, and then a model in it that does."""
+        """Follow a model that renames its modules, and then one inside it."""
         self._stored_names |= {
             mapped: stored
             for name, stored in self._stored_names.items()
@@ -112,7 +123,11 @@ class TacqConfig(QuantizationConfig):
     def get_quant_method(
         self, layer: torch.nn.Module, prefix: str
     ) -> QuantizeMethodBase | None:
-        """The method of a linear; embeddings and attention are not quantized."""
+        """The method of a linear; embeddings and attention are not quantized.
+
+        Raises:
+            ValueError: experts, or a part of a fused linear alone, are quantized.
+        """
         # Heavy, and not needed where vLLM only parses its command line.
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import (

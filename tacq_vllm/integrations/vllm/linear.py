@@ -1,6 +1,6 @@
 """The linear method: parameters on vLLM's v2 loader, and the forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -75,79 +75,48 @@ class TacqLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the tensors of SPEC.md, cut to this rank, as parameters."""
-        schema = self.schema
-        loader = extra_weight_attrs["weight_loader"]
-        if isinstance(layer, ReplicatedLinear):
-            loader = _load_replicated
-        parts = _parts(layer, output_size, output_partition_sizes)
-        tables = self._stored_tables(parts, input_size)
-        self._check_cut(input_size_per_partition, input_size, parts)
-        out_features = sum(output_partition_sizes)
-        grouped = schema.group_size != -1
-        groups = num_groups(input_size_per_partition, schema.group_size)
+        """Register the tensors of SPEC.md, cut to this rank, as parameters.
 
-        scale_type = GroupScaleParameter if grouped else ChannelScaleParameter
-        axes = {"input_dim": 1} if grouped else {}
-        layer.register_parameter(
-            "scales",
-            scale_type(
-                data=torch.empty(out_features, groups, dtype=schema.torch_dtype),
-                output_dim=0,
-                weight_loader=loader,
-                **axes,
-            ),
-        )
-        zero_type = PackedParameter if grouped else PackedChannelParameter
-        rows_per_word = {
-            f"qzeros{suffix}": WORD_BITS // width
-            for width, suffix in zip(
-                PLANE_WIDTHS[schema.bits], PLANE_SUFFIXES, strict=False
-            )
-        }
-        specs = self.layout.code_specs(out_features, input_size_per_partition, groups)
-        for name, spec in specs.items():
-            data = torch.empty(spec.shape, dtype=spec.dtype)
-            if name in rows_per_word:
-                parameter = zero_type(
-                    data=data,
-                    output_dim=0,
-                    packed_dim=0,
-                    packed_factor=rows_per_word[name],
-                    weight_loader=loader,
-                    **axes,
-                )
-            else:
-                parameter = CodesParameter(
-                    data=data, input_dim=1, output_dim=0, weight_loader=loader
-                )
-            layer.register_parameter(name, parameter)
-        capacity = sum(table.capacity for table in tables)
-        layer.register_parameter(
-            "outliers",
-            OutlierParameter(
-                data=torch.empty(capacity, dtype=torch.int32),
-                tables=tables,
-                in_features=input_size,
-                local_in_features=input_size_per_partition,
-                value_dtype=schema.torch_dtype,
-                files=self.files,
-            ),
-        )
-        self.num_parts = len(parts)
-        self.tables = tables
-        self.in_features = input_size_per_partition
-        self.x_dtype = params_dtype
+        Raises:
+            ValueError: the linear is not the stored one, or the cut goes through words
+                or groups.
+        """
         load_format = get_current_vllm_config().load_config.load_format
-        self.is_dummy_load = load_format == "dummy"
         if load_format == "sharded_state":
             refuse(
                 "--load-format sharded_state is not supported: leave it out, each rank "
                 "keeps its own part of an ordinary checkpoint"
             )
+        parts = _parts(layer, output_size, output_partition_sizes)
+        self.is_dummy_load = load_format == "dummy"
+        self.num_parts = len(parts)
+        self.tables = self._stored_tables(parts, input_size)
+        self.in_features = input_size_per_partition
+        self.x_dtype = params_dtype
+        self._check_cut(input_size_per_partition, input_size, parts)
+        loader = extra_weight_attrs["weight_loader"]
+        if isinstance(layer, ReplicatedLinear):
+            loader = _load_replicated
+        self._register_codes(layer, sum(output_partition_sizes), loader)
+        capacity = sum(table.capacity for table in self.tables)
+        layer.register_parameter(
+            "outliers",
+            OutlierParameter(
+                data=torch.empty(capacity, dtype=torch.int32),
+                tables=self.tables,
+                in_features=input_size,
+                local_in_features=input_size_per_partition,
+                value_dtype=self.schema.torch_dtype,
+                files=self.files,
+            ),
+        )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Check that every tensor came, and merge the shards' outlier tables."""
+        """Check that every tensor came, and merge the shards' outlier tables.
+
+        Raises:
+            ValueError: a tensor is missing, or has values that kernels cannot take.
+        """
         outliers = getattr(layer, "outliers", None)
         if not isinstance(outliers, OutlierParameter):
             return
@@ -191,6 +160,45 @@ class TacqLinearMethod(LinearMethodBase):
     def _packed(self, layer: torch.nn.Module) -> StoredLinear:
         tensors = {name: getattr(layer, name) for name in tensor_names(self.schema)}
         return self.layout.linear(tensors, self.in_features)
+
+    def _register_codes(
+        self, layer: torch.nn.Module, out_features: int, loader: Callable[..., None]
+    ) -> None:
+        """Register codes, scales and zero-points; those of whole rows have one axis."""
+        schema = self.schema
+        groups = num_groups(self.in_features, schema.group_size)
+        if schema.group_size == -1:
+            scale_type, zero_type = ChannelScaleParameter, PackedChannelParameter
+            axes = {"output_dim": 0}
+        else:
+            scale_type, zero_type = GroupScaleParameter, PackedParameter
+            axes = {"output_dim": 0, "input_dim": 1}
+        scales = torch.empty(out_features, groups, dtype=schema.torch_dtype)
+        layer.register_parameter(
+            "scales", scale_type(data=scales, weight_loader=loader, **axes)
+        )
+        rows_per_word = {
+            f"qzeros{suffix}": WORD_BITS // width
+            for width, suffix in zip(
+                PLANE_WIDTHS[schema.bits], PLANE_SUFFIXES, strict=False
+            )
+        }
+        specs = self.layout.code_specs(out_features, self.in_features, groups)
+        for name, spec in specs.items():
+            data = torch.empty(spec.shape, dtype=spec.dtype)
+            if name in rows_per_word:
+                parameter = zero_type(
+                    data=data,
+                    packed_dim=0,
+                    packed_factor=rows_per_word[name],
+                    weight_loader=loader,
+                    **axes,
+                )
+            else:
+                parameter = CodesParameter(
+                    data=data, input_dim=1, output_dim=0, weight_loader=loader
+                )
+            layer.register_parameter(name, parameter)
 
     def _stored_tables(self, parts: list[Part], in_features: int) -> list[StoredTable]:
         """Which parts of the model's linear each stored linear holds."""

@@ -8,7 +8,10 @@ from tacq_vllm.integrations.vllm.errors import refuse
 def check_tensor_parallel_size(schema: QuantizationSchema) -> None:
     """Refuse a number of ranks that the checkpoint says it cannot be cut for.
 
-    Where vLLM is not making its configuration, each linear checks its own cut.
+    Where vLLM is not building its configuration, each linear checks its own cut.
+
+    Raises:
+        ValueError: naming the sizes that it can.
     """
     config, sizes = config_in_the_making(), schema.tensor_parallel_sizes
     if config is None or sizes is None:
