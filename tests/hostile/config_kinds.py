@@ -210,7 +210,7 @@ KINDS = [
     ),
     Kind(
         "blocks by another name, deeper down",
-        set_config(text_config={"text_config": {"n_layer": 10**9}}),
+        set_config(vision_config={"text_config": {"n_layer": 10**9}}),
         (CONFIG, "1000000000 blocks, but the files hold"),
     ),
     Kind(
