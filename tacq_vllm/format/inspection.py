@@ -1,10 +1,11 @@
 """What a checkpoint holds and what it costs, counted from its files."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from tacq_vllm.format.checkpoint import (
     CheckpointReader,
@@ -14,6 +15,7 @@ from tacq_vllm.format.checkpoint import (
 from tacq_vllm.format.layouts import stored_bytes
 from tacq_vllm.format.schema import FormatError, LayoutName, QuantizationSchema
 from tacq_vllm.format.simulated import AnySchema, SimulatedSchema
+from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.format.validation import header_faults, load_linear
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -85,6 +87,17 @@ class Inspection:
         return self.linear_bytes * 8 / self.weights
 
 
+@dataclass(frozen=True)
+class OutlierCounts:
+    """How many weights one linear keeps, and where."""
+
+    name: str
+    per_row: Tensor
+    """int64 [out]."""
+    per_column: Tensor
+    """int64 [in]."""
+
+
 def inspect_checkpoint(folder: Path) -> Inspection:
     """Count a checkpoint's bits from the headers of its files.
 
@@ -149,18 +162,22 @@ def _inspect_simulated(reader: CheckpointReader, schema: SimulatedSchema) -> Ins
     )
 
 
-def outlier_counts(folder: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count one linear's kept weights per row and per column: int64 [out] and [in].
+def outlier_counts(folder: Path) -> Iterator[OutlierCounts]:
+    """Count where each linear keeps weights, in the order of `Inspection.linears`.
 
     Raises:
         FormatError: the folder is not a packed checkpoint.
     """
     schema = read_schema(folder)
     with CheckpointReader(folder) as reader:
-        linear = load_linear(reader, schema, name)
-        table = linear.outliers[linear.out_features + 1 :] & 0xFFFF
-        rows = linear.outliers[: linear.out_features + 1].diff()
-        return rows.long(), torch.bincount(table, minlength=linear.in_features)
+        for name in sorted(schema.linears, key=_natural_order):
+            linear = load_linear(reader, schema, name)
+            outliers = unpack_outliers(linear)
+            yield OutlierCounts(
+                name,
+                per_row=outliers.row_offsets.diff().long(),
+                per_column=outliers.columns.bincount(minlength=linear.in_features),
+            )
 
 
 def _inspect_linear(schema: QuantizationSchema, name: str) -> LinearInfo:

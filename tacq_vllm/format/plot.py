@@ -27,13 +27,12 @@ def plot_outliers(folder: Path, figures: Inspection, path: Path) -> None:
     shares = np.full((len(blocks), len(kinds)), np.nan)
     rows: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     columns: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
-    for linear in figures.linears:
+    for linear, kept in zip(figures.linears, outlier_counts(folder), strict=True):
         kind = linear.name.split(".")[-1]
         share = 100 * linear.outliers / linear.weights
         shares[blocks.index(_block(linear.name)), kinds.index(kind)] = share
-        per_row, per_column = outlier_counts(folder, linear.name)
-        rows[kind].append(per_row.numpy())
-        columns[kind].append(per_column.numpy())
+        rows[kind].append(kept.per_row.numpy())
+        columns[kind].append(kept.per_column.numpy())
 
     figure = Figure(figsize=(14, 5), layout="constrained")
     heat, by_row, by_column = figure.subplots(1, 3)

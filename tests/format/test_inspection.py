@@ -97,12 +97,14 @@ def test_blocks_are_in_numeric_order(tiny_checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_outlier_counts_by_row_and_column(tiny_checkpoint: Path) -> None:
-    for linear in inspect_checkpoint(tiny_checkpoint).linears:
-        rows, columns = outlier_counts(tiny_checkpoint, linear.name)
+    linears = inspect_checkpoint(tiny_checkpoint).linears
 
-        assert rows.shape == (linear.out_features,)
-        assert columns.shape == (linear.in_features,)
-        assert int(rows.sum()) == int(columns.sum()) == linear.outliers
+    for linear, counts in zip(linears, outlier_counts(tiny_checkpoint), strict=True):
+        assert counts.name == linear.name
+        assert counts.per_row.shape == (linear.out_features,)
+        assert counts.per_column.shape == (linear.in_features,)
+        totals = {int(counts.per_row.sum()), int(counts.per_column.sum())}
+        assert totals == {linear.outliers}
 
 
 def test_broken_checkpoints_are_refused(checkpoint_copy: Path) -> None:
