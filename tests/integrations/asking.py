@@ -88,15 +88,15 @@ class Worker:
         self._count += 1
         log, file = self._folder / "log", self._folder / f"answer{self._count}"
         logged = log.stat().st_size
-        code = forking.ask(
-            self._process,
-            function=function,
-            folder=str(checkpoint),
-            options=options,
-            prompts=make_prompts(),
-            answers=str(file),
+        request = {
+            "function": function,
+            "folder": str(checkpoint),
+            "options": options,
+            "prompts": make_prompts(),
+            "answers": str(file),
             **arguments,
-        )
+        }
+        code = forking.ask(self._process, **request)
         return Answer(code, file, log.read_bytes()[logged:].decode())
 
 
