@@ -51,7 +51,7 @@ def calibrate(
         common: what every phase of the run depends on.
         data_root: folder of the named sets; None: the Hub.
         workdir: keeps the samples for the next run.
-        progress: is told what is short or left out.
+        progress: notes what is short or left out.
         world: the processes that share the samples.
 
     Raises:

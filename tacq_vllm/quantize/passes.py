@@ -138,7 +138,7 @@ class Passes:
         )
 
     def _open(self, name: str, depends: Depends) -> PhaseFolder:
-        """The folder of a phase; what made an earlier one useless is told."""
+        """Open the folder of a phase, and note what makes an earlier one useless."""
         with self.world.leader_first():
             changes = self._workdir.differences(name, depends)
             folder = self._workdir.phase(name, depends)

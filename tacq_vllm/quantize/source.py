@@ -53,7 +53,7 @@ def locate_model(model: str) -> ModelSource:
         return ModelSource(Path(snapshot_download(model, allow_patterns=_DOWNLOADED)))
     except (OSError, ValueError) as error:
         raise QuantizeError(
-            f"{model}: no folder here, and not to be had from the Hub: "
+            f"{model}: no such folder here, and the Hub does not give it: "
             f"{first_line(error)}"
         ) from error
 

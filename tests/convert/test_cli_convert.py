@@ -47,7 +47,7 @@ def test_import_what_is_not_quantized(tiny_model: Path, tmp_path: Path) -> None:
 def test_import_what_does_not_exist(tmp_path: Path) -> None:
     result = tacq("import", tmp_path / "nowhere", "--output", tmp_path / "out")
 
-    assert_one_line(result, "nowhere: no folder here, and not to be had")
+    assert_one_line(result, "nowhere: no such folder here, and the Hub")
 
 
 def test_import_a_gguf_file(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_an_output_under_a_file(
 def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
     result = tacq("quantize", tmp_path / "nowhere", "--output", tmp_path / "out")
 
-    assert_one_line(result, "nowhere: no folder here, and not to be had")
+    assert_one_line(result, "nowhere: no such folder here, and the Hub")
 
 
 def test_a_model_that_is_damaged(model_copy: Path, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_hub_that_fails_without_a_word(
 
     monkeypatch.setattr("tacq_vllm.quantize.source.snapshot_download", fail)
 
-    with pytest.raises(QuantizeError, match=r"not to be had from the Hub: OSError$"):
+    with pytest.raises(QuantizeError, match=r"the Hub does not give it: OSError$"):
         open_model(tmp_path / "model", work)
 
 

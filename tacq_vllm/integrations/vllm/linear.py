@@ -138,8 +138,8 @@ class TacqLinearMethod(LinearMethodBase):
         shapes = {name: t.shape for name, t in arranged.tensors().items()}
         if self.arranged_shapes not in ({}, shapes):
             refuse(
-                f"{', '.join(self.names)}: its kept weights lie so that they take "
-                "other memory than those that it was started with: start anew"
+                f"{', '.join(self.names)}: its kept weights take other memory than "
+                "those that the server was started with: start it again"
             )
         self.arranged_shapes = shapes
         if arranged is not packed:
