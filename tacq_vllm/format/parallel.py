@@ -14,7 +14,7 @@ _CUT_BY_COLUMNS = ("o_proj", "down_proj")
 
 
 def fused_modules(linears: Iterable[str]) -> list[tuple[str, ...]]:
-    """Group linears, by full name, as engines fuse them; most stand alone."""
+    """Group linears, by full name, as engines fuse them; most are alone."""
     modules: dict[tuple[str, ...], list[str]] = {}
     for name in linears:
         parent, _, leaf = name.rpartition(".")
@@ -24,11 +24,14 @@ def fused_modules(linears: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def half_quantized(module: Iterable[str], quantized: Container[str]) -> tuple[str, ...]:
-    """Say of each linear that is left out of a quantized module that it is.
+    """Say which linears of a fused module are not quantized although others are.
 
     Args:
-        module: the linears that are fused in it, by full name.
-        quantized: the names of those that are quantized.
+        module: full names of the linears that engines fuse.
+        quantized: has the names of all quantized linears.
+
+    Returns:
+        A line for each linear that is left out.
     """
     parts = tuple(module)
     done = next((name for name in parts if name in quantized), None)
