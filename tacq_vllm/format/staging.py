@@ -37,7 +37,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def passing_folder(folder: Path) -> Iterator[None]:
-    """Remove a folder after the body; before it too, as a killed run leaves one."""
+    """Remove a folder after the body, and before it one that a killed run left."""
     shutil.rmtree(folder, ignore_errors=True)
     try:
         yield

@@ -58,7 +58,7 @@ def salient_elements(salience: Tensor, deviations: float) -> Tensor:
 
 
 def fit_binary(W: Tensor, dtype: torch.dtype) -> RoundValues:
-    """Round W [out, n] to each row's mean ± its mean absolute value: 1 bit."""
+    """Fit to W [out, n] each row's mean ± its mean absolute value: 1 bit."""
     means, sizes = (
         values.mean(1, keepdim=True).to(dtype).float() for values in (W, W.abs())
     )
@@ -66,7 +66,7 @@ def fit_binary(W: Tensor, dtype: torch.dtype) -> RoundValues:
 
 
 def fit_simply(W: Tensor, bits: int) -> RoundValues:
-    """Round W [out, n] on the grid of each row's range, neither searched nor stored."""
+    """Fit to W [out, n] each row's whole range, not searched and in full precision."""
     if bits == 1:
         return fit_binary(W, torch.float32)
     grid = _range_grid(W, 1.0, bits, torch.float32)

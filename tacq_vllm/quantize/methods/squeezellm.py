@@ -70,7 +70,7 @@ def distance_from_quartiles(W: Tensor) -> Tensor:
 
 
 def most_sensitive(fisher: Tensor, ratio: float) -> Tensor:
-    """The share of weights with the highest Fisher information [out, in]: a mask."""
+    """The share of weights with the highest Fisher information: bool [out, in]."""
     count = int(ratio * fisher.numel())
     selection = select_top(["linear"], lambda _: fisher, count)
     return selection.mask("linear", fisher)
