@@ -29,6 +29,7 @@ from tacq_vllm.cli_options import (
 from tacq_vllm.terminal import (
     INTERRUPTED,
     INTERRUPTED_CODE,
+    CommandGroup,
     ends_at_once,
     err,
     open_listener,
@@ -37,6 +38,7 @@ from tacq_vllm.terminal import (
 
 app = typer.Typer(
     name="tacq",
+    cls=CommandGroup,
     help="Quantize LLMs with TaCQ and look into packed checkpoints.",
     no_args_is_help=True,
     add_completion=False,

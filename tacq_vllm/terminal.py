@@ -1,12 +1,13 @@
-"""How progress looks: bars on a terminal, lines in a log; what Ctrl-C does."""
+"""How progress and failures look; what Ctrl-C does."""
 
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,9 +18,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from tacq_vllm.quantize.progress import Listener
+
+# The base of all that Typer says of arguments, which it exports under no name.
+_UsageError: Any = typer.BadParameter.__base__
 
 out = Console()
 err = Console(stderr=True, soft_wrap=True)
@@ -109,6 +114,34 @@ def print_failure(message: str) -> None:
     """Say in one line why a command ends."""
     line = " ".join(message.split())
     err.print(f"tacq: {line}", style="red", highlight=False, markup=False)
+
+
+class CommandGroup(TyperGroup):
+    """Commands; arguments that they do not take are bad input as any other."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Read what stands before the command."""
+        with _usage_in_one_line():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read what stands after the command, and run it."""
+        with _usage_in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    """Typer itself would print some five lines."""
+    try:
+        yield
+    except _UsageError as error:
+        reason = error.format_message().rstrip(".").replace("Value error, ", "")
+        command = error.ctx.command_path if error.ctx else "tacq"
+        # There is none where `tacq` alone has printed its help.
+        if reason:
+            print_failure(f"{reason}; see {command} --help")
+        raise typer.Exit(error.exit_code) from error
 
 
 @contextmanager

@@ -81,6 +81,32 @@ def test_help_of_commands(command: str) -> None:
     assert "Usage" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["bogus"], "No such command 'bogus'; see tacq --help"),
+        (["--bogus"], "No such option: --bogus; see tacq --help"),
+        (["quantize", "model"], "Missing option '--output'; see tacq quantize --help"),
+        (["quantize", "model", "--output"], "see tacq --help"),
+        (["quantize", "model", "--output", "o", "--bits", "x"], "value for '--bits'"),
+        (["recover", "model", "--output", "o", "--train", "x"], "'--train': 'x' is"),
+        (["push", "model"], "Missing argument 'repo_id'; see tacq push --help"),
+    ],
+)
+def test_what_is_no_command_is_told_in_one_line(
+    arguments: list[str], reason: str
+) -> None:
+    assert_one_line(tacq(*arguments), reason)
+
+
+def test_nothing_given_prints_the_help() -> None:
+    result = tacq()
+
+    assert result.exit_code == 2
+    assert "Usage" in result.stdout
+    assert result.stderr == ""
+
+
 def test_version() -> None:
     assert tacq("--version").stdout == f"{__version__}\n"
 
