@@ -200,8 +200,7 @@ def inspect(
         from tacq_vllm.format.inspection import inspect_checkpoint
         from tacq_vllm.hub.pull import checkpoint_headers
 
-        if plot is not None:
-            check_file("--plot", plot)
+        check_file("--plot", plot)
         with checkpoint_headers(checkpoint, revision) as folder:
             figures = inspect_checkpoint(folder)
         if plot is not None:

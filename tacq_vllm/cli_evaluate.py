@@ -107,8 +107,8 @@ def evaluate(
 
     if backend is BackendOption.vllm and (dequantize or device != DeviceOption.auto):
         raise InputError("--dequantize and --device: each is for --backend hf")
-    if json_file is not None:
-        check_file("--json", json_file)
+    check_file("--json", json_file)
+    check_file("--samples", samples)
     protocol = Protocol(data_root=data_root, limit=limit, window=window)
     engine = Backend(
         engine=backend.value,

@@ -67,12 +67,14 @@ def torch_device(option: DeviceOption) -> "torch.device":
     return torch.device("cuda" if use_cuda else "cpu")
 
 
-def check_file(option: str, path: Path) -> None:
+def check_file(option: str, path: Path | None) -> None:
     """Refuse a file that could not be written when its content is known.
 
     Raises:
         InputError: naming the option.
     """
+    if path is None:
+        return
     if not path.absolute().parent.is_dir():
         raise InputError(f"{option} {path}: there is no such folder")
     if path.is_dir():

@@ -94,6 +94,8 @@ def recover_checkpoint(
     if len(given) > 1:
         raise InputError(f"{' and '.join(f'--{unit}' for unit in given)}: give one")
     unit, budget = next(iter(given.items()), (None, None))
+    if budget is not None and budget <= 0:
+        raise InputError(f"--{unit} {budget}: give more than 0")
     config = override_recipe(
         load_recover_config(recipe) if recipe else RecoverConfig(),
         {

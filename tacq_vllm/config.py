@@ -256,10 +256,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read the fields that a YAML file gives.
 
     Raises:
-        RecipeError: it is not YAML, or no mapping.
+        RecipeError: it cannot be read, is not YAML, or no mapping.
     """
     try:
         content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}; give a .yaml file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):

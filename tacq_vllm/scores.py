@@ -76,9 +76,11 @@ def read_scores_file(path: Path) -> Scores:
     """Read a score file.
 
     Raises:
-        ScoresError: the file is not what `Scores` describes.
+        ScoresError: it cannot be read, or is not what `Scores` describes.
     """
     try:
         return Scores.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ScoresError(f"{path}: {error.strerror}; give a file of scores") from error
     except ValidationError as error:
-        raise ScoresError(f"{path}: {one_line(error)}") from error
+        raise ScoresError(f"{path}: no file of scores: {one_line(error)}") from error

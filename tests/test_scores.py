@@ -3,7 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from tacq_vllm.scores import SCORES_NAME, Score, Scores, ScoresError, read_scores
+from tacq_vllm.scores import (
+    SCORES_NAME,
+    Score,
+    Scores,
+    ScoresError,
+    read_scores,
+    read_scores_file,
+)
 
 SCORE = {"task": "c4", "metric": "perplexity", "value": 20.5}
 
@@ -20,6 +27,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_no_file(tmp_path: Path) -> None:
     assert read_scores(tmp_path) is None
+    with pytest.raises(ScoresError, match=r"x\.json: No such file or directory; give"):
+        read_scores_file(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize(

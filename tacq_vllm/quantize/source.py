@@ -49,6 +49,8 @@ def locate_model(model: str) -> ModelSource:
         if not (path / CONFIG_NAME).is_file():
             raise QuantizeError(f"{model}: the folder has no {CONFIG_NAME}")
         return ModelSource(path.absolute())
+    if path.is_file():
+        raise QuantizeError(f"{model}: give a folder, a Hub id or a .gguf file")
     try:
         return ModelSource(Path(snapshot_download(model, allow_patterns=_DOWNLOADED)))
     except (OSError, ValueError) as error:

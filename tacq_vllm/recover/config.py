@@ -137,7 +137,6 @@ def load_recover_config(path: Path) -> RecoverConfig:
     """Load the YAML file of a training recipe.
 
     Raises:
-        RecipeError: it is not valid.
-        OSError: it cannot be read.
+        RecipeError: it cannot be read, or is not valid.
     """
     return parse_section(RecoverConfig, read_yaml(path), source=str(path))

@@ -141,6 +141,8 @@ def test_the_loss_alone_needs_no_harness_and_no_database(
         ("wikitext2", ["--data-root", "nowhere"], "nowhere/wikitext2/test.txt: no"),
         ("wikitext2", ["--json", "nowhere/x.json"], "there is no such folder"),
         ("wikitext2", ["--json", "."], "--json .: a folder; give a file in it"),
+        ("wikitext2", ["--samples", "nowhere/x.jsonl"], "there is no such folder"),
+        ("wikitext2", ["--samples", "."], "--samples .: a folder; give a file in it"),
         (
             "wikitext2",
             ["--backend", "vllm", "--dequantize"],
@@ -151,7 +153,7 @@ def test_the_loss_alone_needs_no_harness_and_no_database(
             ["--backend", "vllm", "--device", "cpu"],
             "each is for --backend hf",
         ),
-        ("wikitext2", ["--baseline", "nowhere.json"], "nowhere.json"),
+        ("wikitext2", ["--baseline", "nowhere.json"], "tacq: nowhere.json: No such"),
         (
             "wikitext2",
             ["--baseline", "nowhere/x"],

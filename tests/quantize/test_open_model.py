@@ -135,6 +135,11 @@ def test_file_that_is_not_gguf(tmp_path: Path, work: Path) -> None:
         open_model(tmp_path / "model.gguf", work)
 
 
+def test_file_that_is_no_model(text_file: Path, work: Path) -> None:
+    with pytest.raises(QuantizeError, match=r"calibration\.txt: give a folder, a Hub"):
+        open_model(text_file, work)
+
+
 def test_folder_without_a_model(tmp_path: Path, work: Path) -> None:
     with pytest.raises(QuantizeError, match=r"the folder has no config\.json"):
         open_model(tmp_path, work)

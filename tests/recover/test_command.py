@@ -56,8 +56,9 @@ def test_options_override_the_recipe(
         (["--steps", "3", "--minutes", "1"], "--steps and --minutes: give one"),
         (["--rank", "0"], "rank: "),
         (["--distill", "2"], "distill: "),
-        (["--minutes", "-1"], "budget: "),
-        (["--recipe", "none.yaml"], "none.yaml"),
+        (["--minutes", "-1"], "--minutes -1.0: give more than 0"),
+        (["--steps", "0"], "--steps 0: give more than 0"),
+        (["--recipe", "none.yaml"], "tacq: none.yaml: No such file or directory; give"),
         (["--base", "none.gguf"], "none.gguf: no such file"),
     ],
 )
