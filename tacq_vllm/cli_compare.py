@@ -8,8 +8,10 @@ import typer
 from tacq_vllm.cli_evaluate import Limit, MaxLength, Tasks, Window
 from tacq_vllm.cli_options import (
     DataRoot,
+    Device,
     DeviceOption,
     InputError,
+    ModelName,
     split_names,
     torch_device,
 )
@@ -17,7 +19,7 @@ from tacq_vllm.terminal import open_listener
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="A Hub id, a folder, or a .gguf file.")],
+    model: ModelName,
     tasks: Tasks,
     output: Annotated[
         Path,
@@ -47,7 +49,7 @@ def compare(
         ),
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
-    seq_len: Annotated[int, typer.Option(help="Tokens in such a window.")] = 512,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
     work_dir: Annotated[
         Path | None,
         typer.Option(
@@ -59,7 +61,7 @@ def compare(
     limit: Limit = None,
     window: Window = 1024,
     max_length: MaxLength = 4096,
-    device: Annotated[DeviceOption, typer.Option()] = DeviceOption.auto,
+    device: Device = DeviceOption.auto,
 ) -> None:
     """Quantize one model in many ways, and score each on the same data."""
     from tacq_vllm.compare.matrix import Matrix

@@ -37,6 +37,7 @@ def import_checkpoint(
     checkpoint: Annotated[
         str,
         typer.Argument(
+            metavar="CHECKPOINT",
             help="GPTQ, or compressed-tensors pack-quantized: a folder or a Hub id.",
             show_default=False,
         ),

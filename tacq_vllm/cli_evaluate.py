@@ -8,6 +8,7 @@ import typer
 
 from tacq_vllm.cli_options import (
     DataRoot,
+    Device,
     DeviceOption,
     InputError,
     check_file,
@@ -89,7 +90,7 @@ def evaluate(
             "--dequantize", help="With hf: unpack a packed model first; more memory."
         ),
     ] = False,
-    device: Annotated[DeviceOption, typer.Option()] = DeviceOption.auto,
+    device: Device = DeviceOption.auto,
 ) -> None:
     """Score a model, packed or in 16 bits: perplexity, answers, loss on answers."""
     from transformers.utils import logging as transformers_logging

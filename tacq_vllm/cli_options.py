@@ -9,6 +9,15 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hub id, a folder, or a .gguf file.",
+        show_default=False,
+    ),
+]
+
 Output = Annotated[
     Path, typer.Option(help="Folder to make; must not exist or be empty.")
 ]
@@ -30,9 +39,9 @@ Calibration = Annotated[
     ),
 ]
 
-NumSamples = Annotated[int | None, typer.Option(help="Token windows.")]
+NumSamples = Annotated[int | None, typer.Option(help="Calibration windows.")]
 
-SeqLen = Annotated[int | None, typer.Option(help="Tokens in a window.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens of a calibration window.")]
 
 DataRoot = Annotated[
     Path | None,
@@ -50,6 +59,11 @@ class DeviceOption(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+Device = Annotated[
+    DeviceOption, typer.Option(help="Where to compute; auto: a GPU if there is one.")
+]
 
 
 def torch_device(option: DeviceOption) -> "torch.device":

@@ -9,6 +9,7 @@ import typer
 from tacq_vllm.cli_options import (
     Calibration,
     DataRoot,
+    Device,
     DeviceOption,
     InputError,
     NumSamples,
@@ -52,7 +53,12 @@ def recover_checkpoint(
         ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="A .yaml file of training choices.")
+        Path | None,
+        typer.Option(
+            help="A .yaml file of training choices; other options override it. Without "
+            "it: both, 1 epoch, steps of 1024 tokens, 0.5 distilled, calibration as of "
+            "`quantize`."
+        ),
     ] = None,
     work_dir: WorkDirectory = None,
     train: Annotated[
@@ -83,7 +89,7 @@ def recover_checkpoint(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="Less memory for more time.")
     ] = None,
-    device: Annotated[DeviceOption, typer.Option()] = DeviceOption.auto,
+    device: Device = DeviceOption.auto,
 ) -> None:
     """Train a checkpoint, at equal bits, to win back what few bits lost (DL-QAT)."""
     from tacq_vllm.config import override_recipe

@@ -12,14 +12,17 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from tacq_vllm import __version__
 from tacq_vllm.cli import app
+from tacq_vllm.config import Recipe
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.quantize.progress import Progress as RunProgress
+from tacq_vllm.recover.config import RecoverConfig
 from tacq_vllm.terminal import RichListener
 from tests.builders import (
     quantize_arguments,
@@ -81,6 +84,35 @@ def test_help_of_commands(command: str) -> None:
     assert "Usage" in result.stdout
 
 
+def test_help_tells_the_choices_that_a_recipe_leaves() -> None:
+    words = {}
+    for command in ("quantize", "recover"):
+        (recipe,) = (
+            p for p in get_command(app).commands[command].params if p.name == "recipe"
+        )
+        words[command] = recipe.help.split(" Without it: ")[1]
+    chosen, trained = Recipe(), RecoverConfig()
+
+    assert chosen.group_size == -1
+    assert chosen.calibration == trained.calibration
+    assert words["quantize"] == (
+        f"{chosen.method}, {chosen.bits} bits, a scale per row, "
+        f"{chosen.calibration.num_samples} x {chosen.calibration.seq_len} tokens of "
+        f"`{' '.join(chosen.calibration.sources)}`."
+    )
+    assert trained.budget_unit == "epochs"
+    assert words["recover"] == (
+        f"{trained.train}, {trained.budget:g} epoch, steps of {trained.batch_tokens} "
+        f"tokens, {trained.distill} distilled, calibration as of `quantize`."
+    )
+
+
+def test_every_option_and_argument_is_explained() -> None:
+    for name, command in get_command(app).commands.items():
+        for parameter in command.params:
+            assert parameter.help, f"{name}: {parameter.name}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -90,7 +122,7 @@ def test_help_of_commands(command: str) -> None:
         (["quantize", "model", "--output"], "see tacq --help"),
         (["quantize", "model", "--output", "o", "--bits", "x"], "value for '--bits'"),
         (["recover", "model", "--output", "o", "--train", "x"], "'--train': 'x' is"),
-        (["push", "model"], "Missing argument 'repo_id'; see tacq push --help"),
+        (["push", "model"], "Missing argument 'REPO_ID'; see tacq push --help"),
     ],
 )
 def test_what_is_no_command_is_told_in_one_line(
