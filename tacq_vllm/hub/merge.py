@@ -51,7 +51,9 @@ def parse_card(text: str, where: str) -> Card:
         return Card("", {}, text)
     try:
         data = yaml.safe_load(match[2]) or {}
-        ModelCardData(**data)
+        tags = ModelCardData(**data).tags or ()
+        if any(isinstance(tag, dict | list) for tag in tags):
+            raise ValueError("tags: one is not a word")
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise HubError(
             f"{where}: its metadata is not valid, mend it first: {one_line(error)}"

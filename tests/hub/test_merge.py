@@ -1,9 +1,19 @@
+from pathlib import Path
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from tacq_vllm.hub.errors import HubError
-from tacq_vllm.hub.merge import BEGIN, END, NO_CARD, Card, merge_cards, parse_card
+from tacq_vllm.hub.merge import (
+    BEGIN,
+    END,
+    NO_CARD,
+    Card,
+    merge_cards,
+    parse_card,
+    read_card,
+)
 
 OWN = """\
 ---
@@ -92,6 +102,20 @@ def test_paragraphs_and_keys_of_both_cards() -> None:
     )
 
 
+def test_a_generated_text_is_taken_as_it_is() -> None:
+    section = r"a\u00e9b \1 \g<0>"
+    once = merge_cards(NO_CARD, NO_CARD, {}, section)
+
+    assert merge_cards(card(once), NO_CARD, {}, section) == once
+    assert section in once
+
+
+def test_line_ends_are_read_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(b"---\r\na: 1\r\n---\r\nMine.\r\n")
+
+    assert read_card(tmp_path / "README.md", "here").body == "Mine.\r\n"
+
+
 def test_windows_line_ends() -> None:
     text = merged("---\r\na: 1\r\nb: 2\r\n---\r\n\r\nMine.\r\n\r\nToo.\r\n", a=3)
 
@@ -119,7 +143,14 @@ def test_a_key_is_removed() -> None:
 
 @pytest.mark.parametrize(
     "block",
-    ["tags: [", "- a list", "model-index:\n- name: x", "1: a number"],
+    [
+        "tags: [",
+        "tags:\n- a: b",
+        "- a list",
+        "model-index:\n- name: x",
+        "1: a number",
+        "a: !!python/object/apply:os.getcwd []",
+    ],
 )
 def test_metadata_that_the_hub_would_refuse(block: str) -> None:
     with pytest.raises(HubError, match=r"^here: its metadata is not valid") as refusal:
