@@ -3,10 +3,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from tacq_vllm.format.checkpoint import read_schema
 from tacq_vllm.format.inspection import inspect_checkpoint
+from tacq_vllm.hub import card as hub_card
 from tacq_vllm.hub import write_model_card
 from tacq_vllm.hub.card import update_model_card
 from tacq_vllm.hub.license import base_license
@@ -146,6 +149,26 @@ def test_new_scores_replace_ours_alone(checkpoint_copy: Path) -> None:
     assert "## Scores" not in none.text
 
 
+def test_results_of_both_cards_are_there_once(checkpoint_copy: Path) -> None:
+    """A folder that was downloaded has those that the repo has."""
+    theirs = EvalResult("text-generation", "gsm8k", "GSM8K", "accuracy", 0.5)
+    index = [
+        *eval_results_to_model_index("first", [theirs]),
+        *eval_results_to_model_index("second", [theirs]),
+    ]
+    text = f"---\n{yaml.safe_dump({'model-index': index})}---\n"
+    (checkpoint_copy / CARD_NAME).write_text(text)
+    put_scores(checkpoint_copy)
+
+    card = parse_card(text, CARD_NAME)
+    schema = read_schema(checkpoint_copy)
+    text = update_model_card(checkpoint_copy, schema, "org/x", card, card)
+
+    first, last = parse_card(text, CARD_NAME).data["model-index"]
+    assert [entry["name"] for entry in (first, last)] == ["first", "second"]
+    assert [len(entry["results"]) for entry in (first, last)] == [3, 1]
+
+
 def test_scores_that_are_gone_leave_no_index(checkpoint_copy: Path) -> None:
     put_scores(checkpoint_copy)
     published = parse_card(str(update(checkpoint_copy)), CARD_NAME)
@@ -180,6 +203,47 @@ def test_base_model_of_a_local_folder(checkpoint_copy: Path, tmp_path: Path) -> 
     assert "language" not in data
     assert "base_model" not in data
     assert "# my base, TaCQ 3 bits" in update(checkpoint_copy).text
+
+
+def test_base_model_of_either_card(
+    checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's is the one that it was made from."""
+    asked = []
+
+    def ask(folder: Path | None, hub_id: str | None) -> dict[str, str]:
+        asked.append(hub_id)
+        return {"license": "other", "license_name": "river"}
+
+    monkeypatch.setattr(hub_card, "base_license", ask)
+    published = parse_card("---\nbase_model: org/theirs\n---\n", CARD_NAME)
+    chosen = parse_card("---\nbase_model: a/b\nlicense: mit\n---\n", CARD_NAME)
+
+    first = data_of(update(checkpoint_copy, published))
+    second = data_of(update(checkpoint_copy, chosen))
+    (checkpoint_copy / CARD_NAME).write_text("---\nbase_model: org/mine\n---\n")
+    third = data_of(update(checkpoint_copy, published))
+
+    assert first["base_model"] == "org/theirs"
+    assert first["base_model_relation"] == "quantized"
+    assert first["license_name"] == "river"
+    # Not the name of one licence beside another.
+    assert second["license"] == "mit"
+    assert "license_name" not in second
+    assert third["base_model"] == "org/mine"
+    assert asked == ["org/theirs", "org/mine"]
+
+
+@pytest.mark.parametrize("link", ["https://river.org/licence", "LICENSE"])
+def test_the_link_of_a_licence(tmp_path: Path, link: str) -> None:
+    """A name is that of a file in the base model's repo."""
+    (tmp_path / CARD_NAME).write_text(
+        f"---\nlicense: other\nlicense_link: {link}\n---\n"
+    )
+
+    found = base_license(tmp_path, "org/base")["license_link"]
+
+    assert found == (link if "://" in link else hf_hub_url("org/base", link))
 
 
 @pytest.mark.parametrize("text", [None, "no metadata", "---\ntags: [\n---\n", "\udcff"])

@@ -133,6 +133,23 @@ def test_a_fault_is_named_by_its_file(hub: Hub, tacq: Tacq, sharded: Path) -> No
     assert_one_line(empty, f"tacq: org/empty: no model.safetensors and no {INDEX_NAME}")
 
 
+def test_weights_in_a_folder_are_not_the_checkpoints(
+    hub: Hub, tacq: Tacq, sharded: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in sharded.iterdir()}
+    repo = hub.add("org/deep", files | {"original/model.safetensors": b"other"})
+
+    remote, local, pushed = tacq(
+        ["inspect", "org/deep", "--json"],
+        ["inspect", sharded, "--json"],
+        ["push", sharded, "org/deep"],
+    )
+
+    assert remote.exit_code == pushed.exit_code == 0, remote.stderr + pushed.stderr
+    assert remote == local
+    assert repo.files()["original/model.safetensors"] == b"other"
+
+
 def test_refusals_have_one_line(hub: Hub, tacq: Tacq, pushed: str) -> None:
     hub.add("org/secret", {}, private=True)
     hub.add("org/gated", {"config.json": b"{}"}).gated = True
