@@ -19,7 +19,8 @@ from tacq_vllm.format.checkpoint import CONFIG_NAME
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.parallel import fused_modules, half_quantized
 from tacq_vllm.format.schema import check_linear_shape
-from tacq_vllm.quantize.errors import QuantizeError, first_line
+from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.model import loading_errors
 from tacq_vllm.quantize.weights import WeightFiles, open_weights
 
 GPTQ_CONFIG_NAME = "quantize_config.json"
@@ -136,14 +137,12 @@ def _parse_layout(folder: Path, block: object) -> SourceLayout:
 
 
 def _model_linears(folder: Path) -> dict[str, nn.Linear]:
-    try:
-        config = AutoConfig.from_pretrained(folder)
+    # Without the argument Transformers asks on a terminal whether to run its code. Of a
+    # broken config.json it raises anything.
+    with loading_errors(str(folder), Exception):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, ImportError) as error:
-        raise QuantizeError(
-            f"{folder}: cannot be loaded: {first_line(error)}"
-        ) from error
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {
         name: module
         for name, module in model.named_modules()

@@ -203,7 +203,7 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
         QuantizeError: the model cannot be loaded or is quantized already.
     """
     # Of a broken config.json or tokenizer.json Transformers raises anything.
-    with _load_errors(model, Exception):
+    with loading_errors(model, Exception):
         source = locate_model(model)
         config = AutoConfig.from_pretrained(**source.arguments)
         if any(getattr(config, key, None) is not None for key in _QUANTIZED_KEYS):
@@ -212,7 +212,7 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
         with init_empty_weights(include_buffers=False):
             skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments)
-    with _load_errors(model, *_EXPECTED):
+    with loading_errors(model, *_EXPECTED):
         published, weights = open_files(source, skeleton, workdir)
     for name, tensor in skeleton.state_dict().items():
         if name in weights:
@@ -235,7 +235,7 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
 
 
 @contextmanager
-def _load_errors(model: str, *kinds: type[Exception]) -> Iterator[None]:
+def loading_errors(model: str, *kinds: type[Exception]) -> Iterator[None]:
     """Tell errors of these kinds in one line.
 
     Raises:

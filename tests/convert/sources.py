@@ -104,9 +104,15 @@ def save_gptq(
     return model
 
 
+def rewrite_config(folder: Path, **fields: Any) -> None:
+    """Change fields of a checkpoint's configuration."""
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps(config | fields))
+
+
 def rewrite_block(folder: Path, **fields: Any) -> None:
     """Change fields of a checkpoint's quantization_config; None removes one."""
     config = json.loads((folder / CONFIG_NAME).read_text())
     block = config["quantization_config"] | fields
-    config["quantization_config"] = {k: v for k, v in block.items() if v is not None}
-    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    block = {key: value for key, value in block.items() if value is not None}
+    rewrite_config(folder, quantization_config=block)

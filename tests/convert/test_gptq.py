@@ -5,6 +5,7 @@
 and then `convert_gptq_v2_to_v1_format_module` of its `utils/model.py`.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import tacq_vllm.integrations.transformers  # noqa: F401 - registers the quantizer
 from tacq_vllm.convert.gptq import GptqLayout
@@ -24,11 +25,12 @@ from tacq_vllm.quantize import source as model_source
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.progress import Progress
 from tests.builders import Change, put, remove, replace, rewrite_tensors
-from tests.conftest import Recorder
+from tests.conftest import SIZES, Recorder, save_random
 from tests.convert.sources import (
     block_linears,
     gptq_tensors,
     rewrite_block,
+    rewrite_config,
     save_gptq,
 )
 
@@ -120,6 +122,29 @@ def test_weights_and_logits_are_those_of_the_source(
     torch.testing.assert_close(logits, source(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_biases(tmp_path: Path, tokens: Tensor) -> None:
+    """As Qwen2's attention has them."""
+    base = save_random(Qwen2Config(**SIZES), tmp_path / "base")
+    source = save_gptq(base, tmp_path / "gptq", 4, 32, sym=True, version=1)
+
+    import_checkpoint(str(tmp_path / "gptq"), tmp_path / "tacq", Progress())
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tacq", dtype=torch.float32)
+    bias = "model.layers.1.self_attn.q_proj.bias"
+    assert torch.equal(model.get_parameter(bias), source.get_parameter(bias))
+    logits = model.eval()(tokens).logits
+    torch.testing.assert_close(logits, source(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_either_name_of_the_format() -> None:
+    block = {"bits": 4, "group_size": 32, "format": "gptq_v2"}
+
+    assert GptqLayout.parse(block).checkpoint_format == "gptq_v2"
+    both = GptqLayout.parse(block | {"checkpoint_format": "gptq"})
+    assert both.checkpoint_format == "gptq"
+
+
 @pytest.fixture(scope="module")
 def gptq_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("source") / "tiny-gptq"
@@ -170,13 +195,12 @@ def test_tensors_that_are_not_quantized_are_copied(
 def test_what_the_older_configuration_file_says(
     gptq_copy: Path, tmp_path: Path
 ) -> None:
-    config = (gptq_copy / "config.json").read_text()
-    block = '"quantization_config": '
-    start = config.index(block)
-    (gptq_copy / "quantize_config.json").write_text(
-        config[start + len(block) :].removesuffix("}")
-    )
-    (gptq_copy / "config.json").write_text(config[:start].rstrip(", ") + "}")
+    """It does not name the method, which only GPTQ's tools wrote so."""
+    config = json.loads((gptq_copy / "config.json").read_text())
+    block = config.pop("quantization_config")
+    del block["quant_method"], block["checkpoint_format"]
+    (gptq_copy / "quantize_config.json").write_text(json.dumps(block))
+    (gptq_copy / "config.json").write_text(json.dumps(config))
 
     import_checkpoint(str(gptq_copy), tmp_path / "out", Progress())
 
@@ -280,6 +304,8 @@ def swap_columns(order: Tensor) -> Tensor:
         (of_block(bits=8), "quantization: bits: Input should be 2, 3 or 4"),
         (of_block(bits=3), "qweight: is torch.int32 [8, 64], not torch.int32 [6, 64]"),
         (of_block(checkpoint_format="marlin"), "checkpoint_format: Input should be"),
+        (of_block(is_marlin_format=True), "is_marlin_format: Input should be False"),
+        (of_block(pack_dtype="int16"), "pack_dtype: Input should be 'int32'"),
         (of_block(group_size=0), "quantization: group_size."),
         (of_block(group_size=128), "group_size 128 does not divide its 64"),
         (of_block(quant_method="awq"), "quant_method is 'awq'; gptq and compressed"),
@@ -295,6 +321,47 @@ def test_what_tacq_cannot_store_is_refused(
 
     assert reason in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"gptq"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"hidden_size": "64"}, "Validation error for field 'hidden_size': TypeError"),
+        ({"hidden_act": "none"}, "KeyError: 'none'"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError: integer modulo by zero"),
+    ],
+)
+def test_a_configuration_that_makes_no_model(
+    gptq_copy: Path, tmp_path: Path, fields: dict[str, object], reason: str
+) -> None:
+    rewrite_config(gptq_copy, **fields)
+
+    with pytest.raises(QuantizeError) as caught:
+        import_checkpoint(str(gptq_copy), tmp_path / "out", Progress())
+
+    assert f"{gptq_copy}: cannot be loaded: " in str(caught.value)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["evil", "vit"])
+def test_code_that_comes_with_the_source(
+    gptq_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """Of a configuration that is not known, or of its model; nobody is asked."""
+    marker = tmp_path / "marker"
+    code = "from transformers import LlamaConfig as EvilConfig\n"
+    code += "from transformers import LlamaForCausalLM as EvilModel\n"
+    (gptq_copy / "evil.py").write_text(f"{code}open({str(marker)!r}, 'w')\n")
+    auto_map = {"AutoConfig": "evil.EvilConfig"}
+    auto_map["AutoModelForCausalLM"] = "evil.EvilModel"
+    rewrite_config(gptq_copy, model_type=model_type, auto_map=auto_map)
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+
+    with pytest.raises(QuantizeError, match="cannot be loaded: "):
+        import_checkpoint(str(gptq_copy), tmp_path / "out", Progress())
+
+    assert not marker.exists()
 
 
 def test_groups_that_tacq_does_not_have(tiny_model: Path, tmp_path: Path) -> None:
