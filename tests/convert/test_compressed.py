@@ -31,6 +31,12 @@ from transformers import CompressedTensorsConfig
 pytestmark = pytest.mark.usefixtures("no_kernels")
 
 LINEAR = "model.layers.1.mlp.up_proj"
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+
+
+def one_group(**fields: object) -> dict[str, object]:
+    """What a configuration says of weights that differ in some fields."""
+    return {"config_groups": {"a": {"weights": WEIGHTS | fields}}}
 
 
 def save_compressed(
@@ -100,7 +106,19 @@ def test_weights_and_logits_are_those_of_the_package(
         ({"format": "int-quantized"}, "format: Input should be 'pack-quantized'"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme: Input should be None"),
         ({"transform_config": {"a": 1}}, "transform_config: "),
+        ({"sparsity_config": {"format": "dense"}}, "sparsity_config: "),
         ({"config_groups": {}}, "config_groups: "),
+        (one_group(type="float"), "weights.type: Input should be 'int'"),
+        (one_group(strategy="block"), "weights.strategy: Input should be 'group' or"),
+        (one_group(num_bits=8), "weights.num_bits: Input should be 2, 3 or 4"),
+        (
+            {"config_groups": {"a": {"weights": WEIGHTS, "input_activations": {}}}},
+            "input_activations: Input should be None",
+        ),
+        (
+            {"config_groups": {"a": {"weights": WEIGHTS, "output_activations": {}}}},
+            "output_activations: Input should be None",
+        ),
     ],
 )
 def test_what_tacq_cannot_store_is_refused(
@@ -115,11 +133,12 @@ def test_what_tacq_cannot_store_is_refused(
     assert reason in str(caught.value)
 
 
-def test_groups_of_different_bits(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{"num_bits": 2}, {"group_size": 64}])
+def test_groups_that_differ(
+    tiny_model: Path, tmp_path: Path, fields: dict[str, int]
+) -> None:
     save_compressed(tiny_model, tmp_path / "source", 4, 32, sym=True)
-    weights = {"num_bits": 4, "type": "int", "strategy": "channel"}
-    other = weights | {"num_bits": 2}
-    groups = {"a": {"weights": weights}, "b": {"weights": other}}
+    groups = {"a": {"weights": WEIGHTS}, "b": {"weights": WEIGHTS | fields}}
     rewrite_block(tmp_path / "source", config_groups=groups)
 
     with pytest.raises(QuantizeError, match="one num_bits and one group_size"):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import tacq_vllm.integrations.transformers  # noqa: F401 - registers the quantizer
 from tacq_vllm.config import Recipe
 from tacq_vllm.convert.dequantized import export_dequantized
+from tacq_vllm.convert.folder import copy_companions
 from tacq_vllm.format.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_schema
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.layers import TacqLinear
@@ -107,6 +108,36 @@ def test_the_folder_says_what_it_is(tiny_checkpoint: Path, tmp_path: Path) -> No
     assert "TaCQ checkpoint tiny (3 bits)" in card
     assert recorder.phases == {"export": len(read_schema(tiny_checkpoint).linears)}
     assert not (tmp_path / "out" / "report.jsonl").exists()
+
+
+def test_what_lies_beside_the_weights(tmp_path: Path) -> None:
+    names = ["chat_template.jinja", "LICENSE.txt", "merges.txt", "vocab.json"]
+    names += ["added_tokens.json", "special_tokens_map.json", "tokenizer.model"]
+    names += ["generation_config.json"]
+    source, output = tmp_path / "source", tmp_path / "output"
+    output.mkdir()
+    for name in (*names, "modeling.py", "README.md", "a.safetensors"):
+        source.mkdir(exist_ok=True)
+        (source / name).write_text(name)
+
+    copy_companions(source, output)
+
+    assert {path.name: path.read_text() for path in output.iterdir()} == {
+        name: name for name in names
+    }
+
+
+def test_the_type_under_its_older_name(checkpoint_copy: Path, tmp_path: Path) -> None:
+    config = checkpoint_copy / "config.json"
+    text = config.read_text()
+    config.write_text(
+        text.replace('"dtype": "bfloat16"', '"torch_dtype": "float16"', 1)
+    )
+
+    exported = load_file(export(checkpoint_copy, tmp_path / "out") / WEIGHTS_NAME)
+
+    weight = exported["model.layers.0.mlp.up_proj.weight"]
+    assert weight.dtype == torch.float16
 
 
 def test_shards(tiny_checkpoint: Path, tmp_path: Path) -> None:
