@@ -49,7 +49,9 @@ def find_openmp() -> OpenMP | None:
         return OpenMP(everything)
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
-    for path in sorted({line.split()[-1] for line in lines}):
+    # The path, which may have spaces in it, is the sixth field, if there is one.
+    paths = {path for line in lines for path in line.split(maxsplit=5)[5:]}
+    for path in sorted(paths):
         # GNU's runtime, or one of the two that stand in for it.
         if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
             return OpenMP(ctypes.CDLL(path))
