@@ -1,7 +1,5 @@
 """Loading into vLLM's linears, on every rank of a mocked tensor-parallel group."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -12,7 +10,6 @@ from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.weight_utils import (
     initialize_single_dummy_weight,
 )
@@ -222,6 +219,11 @@ def test_bad_tables_and_scales_are_refused():
     table[0] = 7
     with pytest.raises(ValueError, match=r"tacq: mlp.gate_proj.outliers: row offsets"):
         layer.outliers.weight_loader(layer.outliers, table, 0)
+    none_kept = torch.zeros(129, dtype=torch.int32)
+    with pytest.raises(
+        ValueError, match=r"tacq: mlp.gate_proj.outliers: has 129 words"
+    ):
+        layer.outliers.weight_loader(layer.outliers, none_kept, 0)
 
     layer = merged_layer(config)
     packed["mlp.up_proj"].scales[3, 1] = torch.nan
@@ -238,6 +240,32 @@ def test_cuts_through_words_or_groups_are_refused(as_rank):
         vllm_linear.RowParallelLinear(
             192, 64, bias=False, quant_config=config, prefix="down"
         )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_cuts_through_words_of_rows_are_refused(as_rank, size):
+    """On one rank too: rows of a word would be those of both parts."""
+    shapes = {"mlp.gate_proj": (48, 64), "mlp.up_proj": (48, 64)}
+    config, _, _ = stored_linears(shapes, 3, 32)
+    as_rank(0, size)
+    rows = 48 // size
+    with pytest.raises(
+        ValueError, match=rf"\[{rows}, {rows}\] output features on a ran"
+    ):
+        vllm_linear.MergedColumnParallelLinear(
+            64, [48, 48], bias=False, quant_config=config, prefix="mlp.gate_up_proj"
+        )
+
+
+def test_weights_that_the_models_type_cannot_hold_are_refused():
+    config, packed, _ = stored_linears(GATE_UP, 3, 32)
+    packed["mlp.up_proj"].scales.fill_(6e4)
+    with set_default_torch_dtype(torch.float16):
+        layer = merged_layer(config)
+    load(layer, packed["mlp.gate_proj"], 0)
+    load(layer, packed["mlp.up_proj"], 1)
+    with pytest.raises(ValueError, match=r"up_proj: scales: .* load the model in"):
+        layer.quant_method.process_weights_after_loading(layer)
 
 
 def test_clusters_are_cut_between_blocks(as_rank):
@@ -313,50 +341,6 @@ def test_resident_bytes_are_those_stored(bits, group_size):
     stored = sum(t.nbytes for p in packed.values() for t in p.tensors().values())
     # Fusing saves the second table's first row offset.
     assert resident == stored - 4
-
-
-def recorded_layer(load_format):
-    """A linear as vLLM keeps it for reloading, and what is stored of it."""
-    load_config = LoadConfig(load_format=load_format)
-    with set_current_vllm_config(VllmConfig(load_config=load_config)):
-        config, packed, dense = stored_linears({"down_proj": (64, 512)}, 3, 64)
-        layer = vllm_linear.RowParallelLinear(
-            512, 64, bias=False, quant_config=config, prefix="down_proj"
-        )
-        layerwise.record_metadata_for_reloading(layer)
-    return layer, packed["down_proj"], dense["down_proj"]
-
-
-def reload(layer, packed, without=None):
-    layerwise.initialize_layerwise_reload(layer)
-    for name, tensor in packed.tensors().items():
-        if name != without:
-            parameter = getattr(layer, name)
-            parameter.weight_loader(parameter, tensor)
-    model_config = SimpleNamespace(dtype=torch.float32)
-    layerwise.finalize_layerwise_reload(layer, model_config)
-
-
-def test_weights_that_come_after_a_dummy_start():
-    layer, packed, dense = recorded_layer("dummy")
-    for tensor in layer.state_dict().values():
-        initialize_single_dummy_weight(tensor)
-    layer.quant_method.process_weights_after_loading(layer)
-
-    reload(layer, packed)
-
-    weight = dequantize(layer.quant_method._packed(layer), torch.float64)
-    assert torch.equal(weight, dense)
-
-
-@pytest.mark.parametrize("name", ["qweight", "scales", "outliers"])
-def test_a_tensor_that_is_missing_on_reload(name):
-    layer, packed, _ = recorded_layer("auto")
-    load(layer, packed, None)
-    layer.quant_method.process_weights_after_loading(layer)
-
-    with pytest.raises(Exception, match=f"1 of 1 parts of {name} are missing"):
-        reload(layer, packed, without=name)
 
 
 def test_names_follow_a_model_in_a_model():
