@@ -93,7 +93,7 @@ def open_vllm(model: str, dtype: str, max_length: int) -> VllmRunner:
         if current_platform.is_cpu():
             arithmetic.append(activations())
         identity = f"{model_identity(source)} vllm {' '.join(arithmetic)}"
-        config = AutoConfig.from_pretrained(source.folder)
+        config = AutoConfig.from_pretrained(**source.arguments)
         positions = getattr(config, "max_position_embeddings", max_length + 1)
         # Scoring a prompt takes a new token too, which nobody reads.
         length = min(max_length + 1, positions)

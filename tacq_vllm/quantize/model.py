@@ -210,7 +210,9 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
             raise QuantizeError(f"{model}: already quantized; give the 16-bit model")
         stored_dtype = config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            skeleton = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments)
     with loading_errors(model, *_EXPECTED):
         published, weights = open_files(source, skeleton, workdir)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -19,10 +20,15 @@ class ModelSource:
     gguf: str | None = None
 
     @property
-    def arguments(self) -> dict[str, str]:
+    def arguments(self) -> dict[str, Any]:
         """What Transformers' `from_pretrained` takes."""
         gguf = {"gguf_file": self.gguf} if self.gguf else {}
-        return {"pretrained_model_name_or_path": str(self.folder), **gguf}
+        return {
+            "pretrained_model_name_or_path": str(self.folder),
+            # If it is left open, a terminal is asked whether to run a model's code.
+            "trust_remote_code": False,
+            **gguf,
+        }
 
 
 def model_name(model: str) -> str:

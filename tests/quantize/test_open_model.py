@@ -157,6 +157,20 @@ def test_a_hub_that_fails_without_a_word(
         open_model(tmp_path / "model", work)
 
 
+def test_code_that_a_model_brings_is_not_run(
+    model_copy: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    (model_copy / "code.py").write_text("raise SystemExit('run')")
+    code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    change_config(model_copy, model_type="of_nobody", auto_map=code)
+
+    with pytest.raises(QuantizeError, match="cannot be loaded"):
+        open_model(model_copy, work)
+    assert not asked
+
+
 def test_truncated_model(model_copy: Path, work: Path) -> None:
     truncate(model_copy / WEIGHTS_NAME)
 
