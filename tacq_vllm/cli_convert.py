@@ -45,7 +45,10 @@ def import_checkpoint(
     output: Output,
     base: Annotated[
         str | None,
-        typer.Option(help="The 16-bit model, some of whose weights are to be kept."),
+        typer.Option(
+            help="The 16-bit model, some of whose weights are to be kept: a folder or "
+            "a Hub id."
+        ),
     ] = None,
     outlier_ratio: Annotated[
         float | None, typer.Option(help="Share of weights kept in 16 bits.")

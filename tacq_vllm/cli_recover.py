@@ -102,6 +102,10 @@ def recover_checkpoint(
     unit, budget = next(iter(given.items()), (None, None))
     if budget is not None and budget <= 0:
         raise InputError(f"--{unit} {budget}: give more than 0")
+    if distill and base is None:
+        raise InputError(
+            f"--distill {distill}: needs --base, the 16-bit model that is to set it"
+        )
     config = override_recipe(
         load_recover_config(recipe) if recipe else RecoverConfig(),
         {

@@ -55,7 +55,8 @@ def test_options_override_the_recipe(
     [
         (["--steps", "3", "--minutes", "1"], "--steps and --minutes: give one"),
         (["--rank", "0"], "rank: "),
-        (["--distill", "2"], "distill: "),
+        (["--distill", "0.4"], "--distill 0.4: needs --base, the 16-bit model"),
+        (["--distill", "2", "--base", "none"], "distill: "),
         (["--minutes", "-1"], "--minutes -1.0: give more than 0"),
         (["--steps", "0"], "--steps 0: give more than 0"),
         (["--recipe", "none.yaml"], "tacq: none.yaml: No such file or directory; give"),
