@@ -187,6 +187,15 @@ def test_converting_a_model_leaves_the_packed_tensors(
     torch.testing.assert_close(converted(tokens).logits, expected, rtol=1e-2, atol=1e-2)
 
 
+def test_moving_and_converting_at_once(tiny_checkpoint: Path) -> None:
+    linear = load(tiny_checkpoint).get_submodule(LINEAR)
+
+    linear.to("meta", torch.float16)
+
+    assert all(tensor.is_meta for tensor in linear.packed.tensors().values())
+    assert linear.scales.dtype == torch.bfloat16
+
+
 @torch.no_grad()
 def test_dequantized_weights_can_be_saved(
     tiny_checkpoint: Path, tmp_path: Path, tokens: Tensor
@@ -255,6 +264,15 @@ def test_broken_checkpoints_are_refused(
     with pytest.raises(FormatError) as caught:
         load(checkpoint_copy)
     assert reason in str(caught.value)
+
+
+def test_a_weight_that_the_models_type_cannot_hold(checkpoint_copy: Path) -> None:
+    rewrite_tensors(checkpoint_copy, replace(f"{LINEAR}.scales", put(3, 6e4)))
+
+    with pytest.raises(
+        FormatError, match=rf"{LINEAR}.scales: 7 times a value does not"
+    ):
+        load(checkpoint_copy, torch.float16)
 
 
 def test_a_module_of_another_shape_is_refused(checkpoint_copy: Path) -> None:

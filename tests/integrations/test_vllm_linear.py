@@ -229,7 +229,7 @@ def test_bad_tables_and_scales_are_refused():
     packed["mlp.up_proj"].scales[3, 1] = torch.nan
     load(layer, packed["mlp.gate_proj"], 0)
     load(layer, packed["mlp.up_proj"], 1)
-    with pytest.raises(ValueError, match=r"tacq: .*scales: a value is not finite"):
+    with pytest.raises(ValueError, match=r"tacq: mlp.up_proj.scales: a value is not"):
         layer.quant_method.process_weights_after_loading(layer)
 
 
