@@ -145,6 +145,20 @@ def test_groups_that_differ(
         import_checkpoint(str(tmp_path / "source"), tmp_path / "out", Progress())
 
 
+def test_symmetric_groups_beside_others(tiny_model: Path, tmp_path: Path) -> None:
+    """Their linears have no zero-points."""
+    save_compressed(tiny_model, tmp_path / "source", 4, 32, sym=True)
+    groups = {
+        "a": {"weights": WEIGHTS},
+        "b": {"weights": WEIGHTS | {"symmetric": False}},
+    }
+    rewrite_block(tmp_path / "source", config_groups=groups)
+
+    import_checkpoint(str(tmp_path / "source"), tmp_path / "out", Progress())
+
+    assert find_faults(tmp_path / "out") == []
+
+
 def test_columns_in_activation_order(tiny_model: Path, tmp_path: Path) -> None:
     save_compressed(tiny_model, tmp_path / "source", 4, 32, sym=True)
     groups = torch.arange(64, dtype=torch.int32) // 32
