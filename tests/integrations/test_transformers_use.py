@@ -19,7 +19,9 @@ import tacq_vllm.integrations.transformers  # noqa: F401 - registers the quantiz
 from tacq_vllm.format.checkpoint import CONFIG_NAME, INDEX_NAME
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.validation import find_faults
+from tacq_vllm.kernels import ops
 from tacq_vllm.layers import TacqLinear
+from tests.integrations.conftest import FamilyCheckpoint
 
 TEXT = "the old river follows"
 
@@ -48,6 +50,17 @@ def test_dtype(tiny_checkpoint: Path, tokens: Tensor, dtype: torch.dtype) -> Non
     expected = load(tiny_checkpoint, dtype=torch.float32)(tokens).logits
     error = (logits.float() - expected).norm() / expected.norm()
     assert error < 0.05
+
+
+def test_dtype_of_experts(
+    monkeypatch: pytest.MonkeyPatch, family_checkpoint: FamilyCheckpoint
+) -> None:
+    """Which Transformers puts together while it loads."""
+    monkeypatch.setattr(ops, "_kernels", lambda device_type: None)
+
+    model = load(family_checkpoint("mixtral"), dtype=torch.float32)
+
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_dtype_is_the_stored_one_by_default(tiny_checkpoint: Path) -> None:

@@ -173,6 +173,18 @@ def test_other_sizes_than_the_models_are_refused(shapes):
         merged_layer(config)
 
 
+def test_a_part_that_no_stored_linear_holds_is_refused():
+    config, _, _ = stored_linears(GATE_UP, 3, 32)
+    with pytest.raises(ValueError, match=r"parts of \[128, 128, 64\] output features"):
+        vllm_linear.MergedColumnParallelLinear(
+            64,
+            [128, 128, 64],
+            bias=False,
+            quant_config=config,
+            prefix="mlp.gate_up_proj",
+        )
+
+
 def test_replicated_and_column_parallel_linears(as_rank):
     config, packed, dense = stored_linears({"router": (96, 64)}, 3, 32)
     as_rank(1, 2)

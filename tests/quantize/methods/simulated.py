@@ -51,6 +51,8 @@ def assert_simulated(
     assert ", simulated\n" in card
     assert f"| {schema.effective_bits:.3f} |" in card
     assert "vllm serve" not in card
+    assert "\n- simulated\n" in card
+    assert "\n- vllm\n" not in card
     # Transformers takes it for what it is: a model in 16 bits.
     model = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
     assert not getattr(model, "is_quantized", False)
