@@ -72,6 +72,15 @@ def random_linear(
     return packed, dense
 
 
+def kept_ones(out_features: int, in_features: int) -> PackedLinear:
+    """A linear whose weights are all kept, and 1."""
+    shape = (out_features, in_features)
+    zeros, ones = torch.zeros(shape, dtype=torch.uint8), torch.ones(shape)
+    values = ones.bfloat16()
+    outliers = select_outliers(values, ones.bool())
+    return pack_linear(zeros, zeros[:, :1], values[:, :1], outliers, bits=2)
+
+
 def assert_is_product(
     out: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None
 ) -> None:

@@ -4,7 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.builders import assert_is_product, random_input, random_linear
+from tests.builders import (
+    assert_is_product,
+    kept_ones,
+    random_input,
+    random_linear,
+)
 from tests.kernels.cpu import (
     OBSTACLE,
     assert_bits_are_fixed,
@@ -17,11 +22,13 @@ from tests.kernels.cpu import (
 if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
+from tacq_vllm.kernels import cpu_int8
 from tacq_vllm.kernels import cpu_linear as kernel
 from tacq_vllm.kernels.activations import ACTIVATIONS_VARIABLE
 from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear, int8_supports
 from tacq_vllm.kernels.cpu_linear import multiply
 from tacq_vllm.kernels.cpu_planes import planes_weight
+from tacq_vllm.kernels.cpu_token_lanes import TokenLanes
 
 BITS = [2, 3, 4]
 DOTS = available_dots()
@@ -168,6 +175,42 @@ def test_a_token_does_not_see_its_neighbours(bits: int, group_size: int) -> None
     assert torch.equal(many[11:22], fewer)
     # Few and many tokens are summed up in different orders.
     assert_is_close(multiply(x[11:12], packed, None), many[11:12])
+
+
+@pytest.mark.parametrize("tokens", [2, 6])
+def test_results_are_rounded_to_the_nearest_or_even(tokens: int) -> None:
+    packed = kept_ones(20, 64)
+    x = torch.zeros(tokens, 64, dtype=torch.bfloat16)
+    x[:, 1] = 1
+    # Both sums have nine bits, and lie between two numbers of eight.
+    x[::2, 0], x[1::2, 0] = 256, 258
+
+    out = multiply(x, packed, None)
+
+    assert bool((out[::2] == 256).all())
+    assert bool((out[1::2] == 260).all())
+
+
+@pytest.mark.parametrize("dot", DOTS)
+def test_no_call_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch, dot: str) -> None:
+    use_dot(monkeypatch, dot)
+    packed, _ = random_linear(3, 20, 64, 32, 0.02, torch.bfloat16, 7)
+    kind, needed = planes_weight(packed).kind, set()
+
+    def make(*key: object) -> tuple[None, TokenLanes]:
+        needed.add(key)
+        return None, TokenLanes(torch.bfloat16, 4, 64, 4)
+
+    monkeypatch.setattr(cpu_int8, "_kernel", make)
+    kernel.warm_up(packed, torch.bfloat16)
+    warm = set(needed)
+
+    for tokens in range(1, 20):
+        its_dot = cpu_int8._dot(cpu_int8._tile(tokens))
+        cpu_int8._call.__wrapped__(kind, torch.bfloat16, its_dot, tokens)
+
+    assert needed == warm
+    assert len(warm) == 4
 
 
 def test_zeros_and_numbers_that_are_none() -> None:

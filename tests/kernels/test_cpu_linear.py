@@ -152,6 +152,22 @@ def test_inputs_are_left_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
+def test_no_call_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, _ = random_linear(3, 8, 64, 16, 0.02, torch.float16, 8)
+    needed = set()
+    for name in ("_exact_linear", "_exact_dequantize"):
+        monkeypatch.setattr(kernel, name, lambda *key: needed.add(key))
+    monkeypatch.setattr(kernel, "_run_exact", lambda *arguments: None)
+    kernel.warm_up(packed, torch.float32)
+    warm = set(needed)
+
+    for tokens in range(1, MAX_FUSED_TOKENS + 3):
+        multiply(random_input(tokens, 64), packed, None)
+
+    assert needed == warm
+    assert len(warm) == 5
+
+
 def test_what_it_leaves_to_others() -> None:
     whole, _ = random_linear(3, 8, 64, 16, 0.02, torch.float16, 8)
     half, _ = random_linear(3, 8, 48, 16, 0.02, torch.float16, 8)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from tacq_vllm.kernels import reference
 from tacq_vllm.kernels.reference import dequantize, linear_backward, linear_forward
-from tests.builders import assert_is_product, random_linear
+from tests.builders import assert_is_product, kept_ones, random_linear
 
 BITS = st.sampled_from([2, 3, 4])
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
@@ -79,6 +79,19 @@ def test_blocks_of_any_size_give_the_same(
     assert_is_product(linear_forward(x, packed, None), x, dense)
     grad = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
     assert_is_product(linear_backward(grad, packed), grad, dense.T)
+
+
+def test_a_gradient_in_16_bits_is_added_up_in_32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reference, "BLOCK_WEIGHTS", 1)
+    grad = torch.ones(1, 51, dtype=torch.bfloat16)
+    # To which in 16 bits one more adds nothing.
+    grad[0, 0] = 256
+
+    total = linear_backward(grad, kept_ones(51, 32))
+
+    assert torch.equal(total, torch.full((1, 32), 306.0).bfloat16())
 
 
 def test_the_kept_value_is_exact_where_the_code_is_the_zero_point() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.outliers import decode_outliers
-from tacq_vllm.kernels import triton_dense
+from tacq_vllm.kernels import tiles, triton_dense
 from tacq_vllm.kernels.ops import arrange
 from tacq_vllm.kernels.tiles import ROWS, TiledLinear, can_tile, tile
 from tests.builders import assert_is_product, random_input, random_linear
@@ -150,6 +150,22 @@ def test_clusters_become_codes_of_three_bits(in_features: int) -> None:
     for tokens in EVERY_WAY:
         x = random_input(tokens, in_features, dtype=torch.bfloat16)
         assert_is_product(multiply(x, clustered), x, dense)
+
+
+@pytest.mark.parametrize("in_features", [512, 960])
+def test_rows_are_dealt_out_a_part_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, in_features: int
+) -> None:
+    packed, _ = random_linear(3, 40, in_features, 64, 0.02, torch.bfloat16, 10)
+    clustered, _ = random_clustered(40, in_features, -1, 0.02, torch.bfloat16, 10)
+    for linear in (packed, clustered):
+        whole = tile(linear).tensors()
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "_ROWS_AT_A_TIME", 16)
+            parts = tile(linear).tensors()
+
+        assert parts.keys() == whole.keys()
+        assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
 def test_kept_weights_lie_together_by_columns() -> None:
