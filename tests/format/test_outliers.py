@@ -151,6 +151,19 @@ def test_each_fault_is_named(table: Tensor, reason: str) -> None:
     assert reason in fault
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_value_that_is_no_weight_is_refused(sign: float) -> None:
+    limit = 2.0**127
+    faults = {
+        limit * (1 - 2**-8): None,
+        limit: "a kept value is so large that it is no weight",
+    }
+    for value, fault in faults.items():
+        values = torch.tensor([1.0, sign * value, 0.5]).bfloat16()
+        table = encode_outliers(replace(GOOD, values=values))
+        assert check_outliers(table, 3, 6, torch.bfloat16) == fault
+
+
 def test_differences_of_offsets_do_not_wrap_around() -> None:
     # In int32 each of these steps is positive.
     offsets = torch.tensor([0, 2**31 - 1, -(2**31), -1, 0], dtype=torch.int32)

@@ -13,11 +13,8 @@ from tacq_vllm.quantize.clusters_gptq import compensate_clusters
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gptq import inverse_factor, relative_error
 from tacq_vllm.quantize.result import ClusterResult
-from tests.quantize.test_gptq import (
-    correlated_hessian,
-    random_mask,
-    random_weight,
-)
+from tests.quantize.test_gptq import random_mask, random_weight
+from tests.quantize.test_hessian import correlated_hessian
 
 CONFIG = GptqConfig(grid_steps=20)
 

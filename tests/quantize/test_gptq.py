@@ -9,15 +9,10 @@ from torch import Tensor
 
 from tacq_vllm.config import GptqConfig
 from tacq_vllm.kernels.reference import dequantize
-from tacq_vllm.quantize.errors import QuantizeError
-from tacq_vllm.quantize.gptq import (
-    Hessian,
-    inverse_factor,
-    quantize_matrix,
-    relative_error,
-)
+from tacq_vllm.quantize.gptq import quantize_matrix, relative_error
 from tacq_vllm.quantize.grid import fit_grid
 from tacq_vllm.quantize.result import GridResult
+from tests.quantize.test_hessian import correlated_hessian, indefinite
 
 CONFIG = GptqConfig(grid_steps=20)
 
@@ -28,17 +23,6 @@ def random_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
     return (
         torch.randn(out_features, in_features, generator=generator).bfloat16().float()
     )
-
-
-def correlated_hessian(in_features: int, seed: int = 0) -> Tensor:
-    """The Hessian of inputs that live near a few directions."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    directions = torch.randn(in_features // 4, in_features, generator=generator)
-    mixture = torch.randn(400, in_features // 4, generator=generator)
-    noise = torch.randn(400, in_features, generator=generator)
-    hessian = Hessian(in_features, torch.device("cpu"))
-    hessian.add(mixture @ directions + 0.3 * noise)
-    return hessian.mean()
 
 
 def random_mask(out_features: int, in_features: int, density: float = 0.05) -> Tensor:
@@ -83,18 +67,6 @@ def nearest_codes(result: GridResult, W: Tensor, column: int) -> Tensor:
     scales = result.scales[:, 0].float()
     codes = (W[:, column] / scales).round() + result.zeros[:, 0]
     return codes.clamp(0, 7).to(torch.uint8)
-
-
-def test_hessian_is_the_mean_outer_product() -> None:
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(2, 5, 8, generator=generator) for _ in range(3)]
-    hessian = Hessian(8, torch.device("cpu"))
-
-    for batch in batches:
-        hessian.add(batch.to(torch.bfloat16))
-
-    x = torch.cat([b.bfloat16().double().reshape(-1, 8) for b in batches])
-    torch.testing.assert_close(hessian.mean().double(), x.T @ x / 30)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -327,28 +299,6 @@ def test_without_any_input_weights_are_rounded_to_nearest() -> None:
     assert torch.equal(result.weight, round_to_nearest(W, 3, 32))
 
 
-def test_inverse_factor() -> None:
-    H = correlated_hessian(16)
-
-    U, damp_percent = inverse_factor(H, 0.01)
-
-    damped = H + 0.01 * H.diagonal().mean() * torch.eye(16)
-    assert damp_percent == 0.01
-    assert torch.equal(U, U.triu())
-    torch.testing.assert_close(U.T @ U @ damped, torch.eye(16), rtol=0, atol=1e-3)
-
-
-def indefinite(off_diagonal: float) -> Tensor:
-    """Eigenvalues 1 ± off_diagonal: rounding can leave such a Hessian."""
-    return torch.tensor([[1.0, off_diagonal], [off_diagonal, 1.0]])
-
-
-def test_damping_doubles_until_the_factorization_succeeds() -> None:
-    _, damp_percent = inverse_factor(indefinite(1.05), 0.01)
-
-    assert damp_percent == pytest.approx(0.08)
-
-
 def test_damping_that_was_needed_is_reported() -> None:
     H = torch.eye(16)
     H[:2, :2] = indefinite(1.05)
@@ -356,20 +306,6 @@ def test_damping_that_was_needed_is_reported() -> None:
     result = quantize(random_weight(4, 16), H, group_size=16)
 
     assert result.damp_percent == pytest.approx(0.08)
-
-
-def test_a_hopeless_hessian_is_refused() -> None:
-    with pytest.raises(QuantizeError, match="singular even when damped by 100%"):
-        inverse_factor(indefinite(3.0), 0.01)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_hessian_that_is_not_finite_is_refused(value: float) -> None:
-    H = torch.eye(4)
-    H[1, 2] = value
-
-    with pytest.raises(QuantizeError, match="not finite"):
-        inverse_factor(H, 0.01)
 
 
 def test_the_weight_is_left_alone() -> None:

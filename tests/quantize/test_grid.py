@@ -86,6 +86,45 @@ def test_searching_gives_up_the_tails_for_the_middle() -> None:
     assert bool((searched < 0.6 * whole).all())
 
 
+def search_plainly(row: Tensor, bits: int, config: GptqConfig) -> tuple[float, float]:
+    """The scale and the zero-point that the search of one row should find."""
+    max_code = 2**bits - 1
+    low, high = min(0.0, float(row.min())), max(0.0, float(row.max()))
+
+    def grid(step: int) -> tuple[float, float]:
+        shrink = 1 - config.grid_max_shrink * step / config.grid_steps
+        scale = float(torch.tensor(shrink * (high - low) / max_code).bfloat16())
+        return scale, min(max(round(-shrink * low / scale), 0), max_code)
+
+    def error(step: int) -> float:
+        scale, zero = grid(step)
+        codes = (row.double() / scale).round().add(zero).clamp(0, max_code)
+        return float(((codes - zero) * scale - row).abs().pow(config.grid_norm).sum())
+
+    best = min(range(0, config.grid_steps, 4), key=error)
+    around = range(max(0, best - 3), min(config.grid_steps, best + 4))
+    return grid(min(around, key=error))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("steps", "norm"), [(1, 2.4), (6, 0.5), (40, 2.4)])
+def test_every_fourth_range_is_tried_and_those_around_the_best(
+    bits: int, steps: int, norm: float
+) -> None:
+    config = GptqConfig(grid_steps=steps, grid_norm=norm)
+    W = random_weight(60, 24, bits)
+    # Rows of one sign, and some of which the best range is the narrowest.
+    W[:10], W[10:20] = W[:10].abs() + 3.0, -W[10:20].abs() - 3.0
+    W[20:30] *= 0.05
+    W[20:30, 5] = 1.0
+
+    grid = fit_grid(W, None, bits, torch.bfloat16, config)
+
+    expected = torch.tensor([search_plainly(row, bits, config) for row in W])
+    assert torch.equal(grid.scales, expected[:, 0])
+    assert torch.equal(grid.zeros, expected[:, 1])
+
+
 @given(bits=BITS, seed=SEEDS)
 def test_kept_weights_have_no_say(bits: int, seed: int) -> None:
     W = random_weight(6, 32, seed)
@@ -94,6 +133,18 @@ def test_kept_weights_have_no_say(bits: int, seed: int) -> None:
 
     other = fit_grid(torch.where(kept, 1000.0, W), kept, bits, torch.bfloat16, CONFIG)
 
+    assert torch.equal(other.scales, grid.scales)
+    assert torch.equal(other.zeros, grid.zeros)
+
+
+def test_a_kept_weight_counts_as_the_mean_of_the_others() -> None:
+    W = torch.tensor([[9.0, 1.0, 2.0, 6.0], [-1.0, 3.0, 40.0, 50.0]])
+    kept = W > 8
+
+    grid = fit_grid(W, kept, 2, torch.bfloat16, CONFIG)
+
+    means = torch.tensor([[3.0, 1.0, 2.0, 6.0], [-1.0, 3.0, 1.0, 1.0]])
+    other = fit_grid(means, None, 2, torch.bfloat16, CONFIG)
     assert torch.equal(other.scales, grid.scales)
     assert torch.equal(other.zeros, grid.zeros)
 

@@ -62,6 +62,44 @@ def test_the_scale_of_a_row_is_the_least_squares_one(weight: Tensor) -> None:
     torch.testing.assert_close(refitted[:, 0], expected)
 
 
+def test_the_scales_of_a_row_are_fitted_together(weight: Tensor) -> None:
+    H = random_hessian(64)
+    steps, scales = rounded(weight, 4)
+
+    refitted = refit_scales(weight, H, steps, scales, torch.float32)
+
+    for row in range(len(weight)):
+        # [in, groups]: what each scale is multiplied with.
+        S = torch.block_diag(*steps[row].view(4, 16, 1)).double()
+        A = S.T @ H.double() @ S
+        b = S.T @ H.double() @ (weight[row] - S @ scales[row].double())
+        change = torch.linalg.solve(A + 0.01 * A.diagonal().diag(), b)
+        expected = scales[row] + change.float()
+        torch.testing.assert_close(refitted[row], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_what_rounding_would_make_worse_stays(weight: Tensor) -> None:
+    H = random_hessian(64)
+    steps, scales = rounded(weight, 4)
+    for _ in range(3):
+        before = output_error(weight, dense(steps, scales), H)
+
+        scales = refit_scales(weight, H, steps, scales, torch.bfloat16)
+
+        after = output_error(weight, dense(steps, scales), H)
+        assert bool((after <= before * (1 + 1e-5)).all())
+
+
+def test_scales_keep_their_signs(weight: Tensor) -> None:
+    steps, scales = rounded(weight, 4)
+    W = dense(steps, scales)
+    W[:, :16] *= -1
+
+    refitted = refit_scales(W, torch.eye(64), steps, scales, torch.bfloat16)
+
+    assert torch.equal(refitted, scales)
+
+
 def test_exact_weights_keep_their_scales(weight: Tensor) -> None:
     steps, scales = rounded(weight, 4)
     W = dense(steps, scales)
