@@ -59,10 +59,11 @@ def compensate_clusters(
         kept = torch.zeros_like(W, dtype=torch.bool)
     order = _pair_order(H, config.activation_order)
     U, damp_percent = inverse_factor(H[order][:, order], config.damp_percent)
-    diagonal = H.diagonal()
+    weights = H.diagonal() + damp_percent * H.diagonal().mean()
     scales = fit_scales(
         W.masked_fill(kept, 0.0),
-        diagonal + damp_percent * diagonal.mean(),
+        # Without any input no error would count, and any scale do.
+        weights if bool(weights.any()) else None,
         group_size,
         dtype,
         config,

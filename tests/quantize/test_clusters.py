@@ -165,6 +165,33 @@ def test_better_than_two_bits_at_nearly_as_many(heavy: bool) -> None:
     assert nbytes * 8 / W.numel() == pytest.approx(7 / 3 + 16 / 576)
 
 
+@pytest.mark.parametrize("steps", [1, 6, 40])
+def test_every_fourth_scale_is_tried_and_those_around_the_best(steps: int) -> None:
+    config = GptqConfig(grid_steps=steps)
+    W = random_weight(40, 24, 11, heavy=True)
+    # Of the first rows the smallest scale is the best.
+    W[:10] = 2.0 * W[:10].sign()
+    W[:10, 5] = -40.0
+
+    def search(row: Tensor) -> float:
+        def scale(step: int, sign: float) -> Tensor:
+            share = torch.tensor(float(step)) / max(1, steps - 1)
+            smallest = (1 - config.grid_max_shrink) / 4
+            return (sign * row.abs().max() * smallest**share).bfloat16().float()
+
+        def error(choice: tuple[int, float]) -> float:
+            return float(errors(row[None], scale(*choice)[None]))
+
+        every = [(step, sign) for step in range(0, steps, 4) for sign in (1.0, -1.0)]
+        best, sign = min(every, key=error)
+        around = range(max(0, best - 3), min(steps, best + 4))
+        return float(scale(*min(((step, sign) for step in around), key=error)))
+
+    found = search_scales(W, None, torch.bfloat16, config)
+
+    assert torch.equal(found, torch.tensor([search(row) for row in W]))
+
+
 def test_a_large_weight_makes_its_cluster_protect_it() -> None:
     W = random_weight(1, 96, 5).clamp(-1.0, 1.0)
     W[0, 50] = 4.0
@@ -211,6 +238,18 @@ def test_scales_are_best_where_errors_count_most() -> None:
         fit_scales(W, torch.ones(96), 48, torch.bfloat16, CONFIG),
         fit_scales(W, None, 48, torch.bfloat16, CONFIG),
     )
+
+
+def test_groups_are_weighed_by_their_own_columns() -> None:
+    W = random_weight(16, 96, 10)
+    weights = torch.linspace(0.0, 2.0, 96) ** 8
+
+    together = fit_scales(W, weights, 48, torch.bfloat16, CONFIG)
+
+    for group in range(2):
+        columns = slice(48 * group, 48 * group + 48)
+        alone = fit_scales(W[:, columns], weights[columns], -1, torch.bfloat16, CONFIG)
+        assert torch.equal(alone[:, 0], together[:, group])
 
 
 def test_groups_are_rows_of_their_own() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tacq_vllm.config import GptqConfig
 from tacq_vllm.kernels.reference import dequantize
-from tacq_vllm.quantize.clusters import round_to_clusters
+from tacq_vllm.quantize.clusters import fit_scales, round_to_clusters
 from tacq_vllm.quantize.clusters_gptq import compensate_clusters
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gptq import inverse_factor, relative_error
@@ -91,30 +91,73 @@ def test_without_correlation_each_pair_takes_its_nearest_codes() -> None:
     config = CONFIG.model_copy(update={"grid_norm": 2.0})
     nearest = round_to_clusters(W, None, -1, torch.bfloat16, config)
 
-    result = compensate(W, torch.eye(96), refit_scales=False, grid_norm=2.0)
+    for H in (torch.eye(96), torch.zeros(96, 96)):
+        result = compensate(W, H, refit_scales=False, grid_norm=2.0)
 
-    assert torch.equal(result.scales, nearest.scales)
-    assert torch.equal(result.clusters.codes, nearest.clusters.codes)
+        assert torch.equal(result.scales, nearest.scales)
+        assert torch.equal(result.clusters.codes, nearest.clusters.codes)
 
 
-def test_a_pair_takes_the_index_that_costs_least() -> None:
+def test_scales_are_fitted_where_inputs_are_large_and_weights_are_not_kept() -> None:
+    W, H = random_weight(12, 96), correlated_hessian(96)
+    H[:40], H[:, :40] = 0.0, 0.0
+    kept = random_mask(12, 96)
+    W[kept] = 100.0
+    diagonal = H.diagonal()
+
+    result = compensate(W, H, kept, refit_scales=False)
+
+    weights = diagonal + CONFIG.damp_percent * diagonal.mean()
+    coded = W.masked_fill(kept, 0.0)
+    expected = fit_scales(coded, weights, -1, torch.bfloat16, CONFIG)
+    assert torch.equal(result.scales.float(), expected)
+
+
+def test_the_strongest_inputs_are_rounded_first() -> None:
+    """What is rounded first does not depend on the other weights."""
+    W, H = random_weight(16, 192), correlated_hessian(192)
+    H[96:] *= 10.0
+    H[:, 96:] *= 10.0
+    other = W.clone()
+    other[:, :96] = random_weight(16, 96, seed=1)
+
+    for activation_order in (True, False):
+        codes, same = (
+            compensate(
+                weight, H, group_size=96, activation_order=activation_order
+            ).clusters.codes[:, 96:]
+            for weight in (W, other)
+        )
+        assert torch.equal(codes, same) == activation_order
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_pair_takes_the_index_that_costs_least(keeps: bool) -> None:
     """Every index tried by itself on a row of one pair, with errors moved along."""
     H = correlated_hessian(6)
     U, _ = inverse_factor(H, CONFIG.damp_percent)
     for seed in range(20):
         W = random_weight(1, 6, seed)
-        result = compensate(W, H, refit_scales=False, activation_order=False)
+        # At places that differ from seed to seed.
+        kept = W.abs() > 1.0 if keeps else torch.zeros_like(W, dtype=torch.bool)
+        result = compensate(W, H, kept, refit_scales=False, activation_order=False)
         scale = float(result.scales)
 
-        def cost(index: int, W: Tensor = W, scale: float = scale) -> tuple[float, list]:
+        def cost(
+            index: int, W: Tensor = W, kept: Tensor = kept, scale: float = scale
+        ) -> tuple[float, list]:
             w, total, codes = W[0].clone(), 0.0, []
             for place in range(6):
                 low, high = (-2, 1) if index == 0 else (-4, 3)
                 if place % 3 == index - 1:
                     low = high = 0
-                code = round(float(w[place] / scale))
-                codes.append(min(max(code, low), high))
-                error = (w[place] - codes[-1] * scale) / U[place, place]
+                if kept[0, place]:
+                    code, value = 0, W[0, place]
+                else:
+                    code = min(max(round(float(w[place] / scale)), low), high)
+                    value = code * scale
+                codes.append(code)
+                error = (w[place] - value) / U[place, place]
                 w[place + 1 :] -= error * U[place, place + 1 :]
                 total += float(error**2)
             return total, codes
@@ -137,17 +180,26 @@ def test_the_same_rows_alone_and_together() -> None:
 
 def test_refitted_scales_are_better_and_keep_their_signs() -> None:
     W, H = random_weight(40, 192), correlated_hessian(192)
+    kept = random_mask(40, 192)
+    W[kept] *= 10.0
 
     plain, refitted = (
-        compensate(W, H, group_size=96, refit_scales=refit) for refit in (False, True)
+        compensate(W, H, kept, group_size=96, refit_scales=refit)
+        for refit in (False, True)
     )
 
     assert torch.equal(plain.clusters.codes, refitted.clusters.codes)
     assert torch.equal(plain.scales.sign(), refitted.scales.sign())
     assert bool((plain.scales < 0).any())
     assert bool((plain.scales > 0).any())
-    errors = [relative_error(W, r.weight, H) for r in (plain, refitted)]
-    assert errors[1] < errors[0]
+    assert torch.equal(plain.weight[kept], refitted.weight[kept])
+    pairs = zip(W, refitted.weight, plain.weight, strict=True)
+    errors = [
+        (relative_error(w[None], new[None], H), relative_error(w[None], old[None], H))
+        for w, new, old in pairs
+    ]
+    assert all(new <= old * (1 + 1e-4) for new, old in errors)
+    assert sum(new < 0.99 * old for new, old in errors) > 20
 
 
 @pytest.mark.parametrize("block_size", [1, 96, 100, 192, 500])
