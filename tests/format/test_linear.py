@@ -114,3 +114,17 @@ def test_check_linear_names_the_tensor_at_fault() -> None:
     assert str(check_linear(replace(packed, outliers=outliers))) == (
         "outliers: row offsets run backwards"
     )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_scales_that_no_weight_has_are_refused(bits: int) -> None:
+    packed, _ = random_linear(bits, 8, 64, 32, 0.0, torch.bfloat16, 0)
+    step = 2**bits - 1
+
+    packed.scales[3, 1] = -1.01 * 2.0**127 / step
+    fault = check_linear(packed)
+    packed.scales[3, 1] = -0.99 * 2.0**127 / step
+
+    reason = f"a value is so large that {step} times it is no weight"
+    assert str(fault) == f"scales: {reason}"
+    assert check_linear(packed) is None

@@ -83,8 +83,8 @@ def test_other_versions_are_refused_with_the_remedy(version: object) -> None:
         ({"linears": {"a": [10, 64], "b": [0, 160]}}, r"b: shape \[0, 160\]"),
         ({"linears": {"a": [10, 64], "b": [-6, 160]}}, r"b: shape \[-6, 160\]"),
         (
-            {"linears": {"a": [10, 64], "b": [6, 65568]}},
-            "b: 65568 input features, more than 65536",
+            {"linears": {"a": [10, 64], "b": [6, 65537]}},
+            "b: 65537 input features, more than 65536",
         ),
         ({"circuits": {"default": {"a": 12}}}, "name different modules"),
         ({"circuits": {"default": {"a": 1, "b": 1, "c": 1}}}, "name different modules"),
@@ -95,6 +95,13 @@ def test_other_versions_are_refused_with_the_remedy(version: object) -> None:
         ),
         ({"circuits": {"default": {"a": 641, "b": 4}}}, "a: 641 kept weights"),
         ({"circuits": {"default": {"a": -1, "b": 4}}}, "a: -1 kept weights"),
+        (
+            {
+                "linears": {"a": [65536, 65536], "b": [6, 160]},
+                "circuits": {"default": {"a": 2**31, "b": 4}},
+            },
+            "a: 2147483648 kept weights",
+        ),
         ({"tensor_parallel_sizes": [1, 0]}, "tensor_parallel_sizes.1: "),
         ({"tensor_parallel_sizes": 2}, "tensor_parallel_sizes: "),
         ({"recipe": {"x": object()}}, "not JSON"),

@@ -91,6 +91,17 @@ def test_what_counts_in_the_loss_matters(
         assert float((total - whole[name]).norm()) > 0.05 * float(total.norm())
 
 
+def test_the_order_of_samples_is_no_matter(
+    tiny_base: BaseModel, phase_folder: PhaseFolder, tmp_path: Path
+) -> None:
+    samples = random_samples(*LENGTHS)
+
+    sums = gradients(tiny_base, samples, phase_folder)
+    others = gradients(tiny_base, samples[::-1], PhaseFolder(tmp_path))
+
+    assert is_equal(sums, others)
+
+
 def test_logits_of_a_few_tokens_are_in_memory_at_a_time(
     tiny_base: BaseModel,
     phase_folder: PhaseFolder,

@@ -22,7 +22,7 @@ from tests.conftest import (
     quick,
     run_pipeline,
 )
-from tests.quantize.methods.resuming import assert_goes_on
+from tests.quantize.methods.resuming import assert_another_text_counts, assert_goes_on
 
 CLUSTERS = {"method": "fineq", "bits": 2, "group_size": -1}
 NO_TEXT = {"calibration.sources": ("nowhere.txt",)}
@@ -119,6 +119,16 @@ def test_it_goes_on_where_it_was_interrupted(
     tiny_base: BaseModel, recipe: Recipe, tmp_path: Path
 ) -> None:
     assert_goes_on(tiny_base, override_recipe(recipe, NO_TEXT), tmp_path)
+
+
+@pytest.mark.parametrize("saliency", ["tacq", "msg"])
+def test_another_text_finds_nothing(
+    tiny_base: BaseModel, recipe: Recipe, tmp_path: Path, saliency: str
+) -> None:
+    """Codes need no text, the choice of kept weights does."""
+    recipe = override_recipe(recipe, {**KEEPING, "outliers.saliency": saliency})
+
+    assert_another_text_counts(tiny_base, recipe, tmp_path)
 
 
 def test_groups_of_whole_blocks(

@@ -113,6 +113,23 @@ def round_simply(W: Tensor, bits: int) -> Tensor:
     return scale * ((W / scale).round().add(zero).clamp(0, 2**bits - 1) - zero)
 
 
+def test_grids_are_stored_in_16_bits() -> None:
+    W = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    line = torch.linspace(-4.0, 4.0, 81).expand(6, -1)
+
+    for bits in (1, 2, 3):
+        grid = fit_group(W, torch.ones(16), bits, torch.bfloat16, SlimLlmConfig(), 2.0)
+        for row in grid(line):
+            values = row.unique()
+            steps = values.diff()
+            # One bit: the mean absolute value, and the mean in the middle.
+            stored = (
+                steps[:1] if bits > 1 else torch.cat([steps / 2, values.mean()[None]])
+            )
+            assert len(values) == 2**bits
+            assert torch.equal(stored, stored.bfloat16().float())
+
+
 @pytest.mark.parametrize("groups", range(1, 12))
 def test_the_average_is_the_recipes(groups: int) -> None:
     ranking = torch.randperm(groups, generator=torch.Generator().manual_seed(groups))

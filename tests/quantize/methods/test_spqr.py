@@ -16,6 +16,7 @@ from tacq_vllm.quantize.methods.spqr import (
     stored_bits,
 )
 from tacq_vllm.quantize.methods.spqr_grid import (
+    RangeGrid,
     fit_range,
     leave_one_out_gain,
     round_statistics,
@@ -135,6 +136,18 @@ def test_a_grid_reaches_from_the_least_to_the_largest() -> None:
 
     torch.testing.assert_close(grid.round(W)[0], torch.tensor([0.5, 1.0, 2.0]))
     assert float(grid.round(torch.tensor([[9.0], [9.0]]))[0]) == pytest.approx(2.0)
+
+
+def test_statistics_lie_on_grids_of_16_bits() -> None:
+    values = torch.randn(16, 1, generator=torch.Generator().manual_seed(0))
+
+    found = round_statistics(values, 3, 16, torch.bfloat16)
+
+    grid = fit_range(values.view(1, 16), 3)
+    scales, zeros = grid.scales.bfloat16().float(), grid.zeros.bfloat16().float()
+    expected = RangeGrid(scales, zeros, 7).round(values.view(1, 16)).view(16, 1)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, round_statistics(values, 3, 16, torch.float32))
 
 
 def test_statistics_of_a_last_group_that_is_not_full() -> None:

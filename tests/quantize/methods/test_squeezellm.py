@@ -17,7 +17,7 @@ from tacq_vllm.quantize.methods.squeezellm import (
 from tacq_vllm.quantize.model import BaseModel
 from tests.conftest import quick
 from tests.quantize.methods.published import Layer, published, seeded_layer
-from tests.quantize.methods.resuming import assert_goes_on
+from tests.quantize.methods.resuming import assert_another_text_counts, assert_goes_on
 from tests.quantize.methods.simulated import (
     assert_simulated,
     stored_weights,
@@ -78,6 +78,27 @@ def test_kmeans_is_never_worse_than_evenly_spaced_values(seed: int) -> None:
             loss(layer.W[one], layer.fisher[one], q[one]) for q in (found, spaced)
         )
         assert after <= before
+
+
+def test_kmeans_takes_the_start_that_ends_best() -> None:
+    layer = seeded_layer(seed=1)
+    W, weights = layer.W, layer.fisher
+    shares = (torch.arange(8) + 0.5) / 8
+    low, high = W.amin(1, keepdim=True), W.amax(1, keepdim=True)
+    quantiles = W.sort(1).values[:, (shares * W.shape[1]).long()]
+
+    def row_losses(quantized: Tensor) -> Tensor:
+        return (weights * (W - quantized) ** 2).double().sum(1)
+
+    found = row_losses(nearest_centers(W, weighted_kmeans(W, weights, 8, 50)))
+
+    for centers in (low + (high - low) * shares, quantiles):
+        for _ in range(50):
+            index = (W.unsqueeze(2) - centers.unsqueeze(1)).abs().argmin(2)
+            mass = torch.zeros_like(centers).scatter_add(1, index, weights)
+            moment = torch.zeros_like(centers).scatter_add(1, index, weights * W)
+            centers = torch.where(mass > 0, moment / mass, centers)
+        assert bool((found <= row_losses(nearest_centers(W, centers)) * 1.0001).all())
 
 
 def test_kmeans_of_few_different_values_is_exact() -> None:
@@ -181,3 +202,9 @@ def test_it_goes_on_where_it_was_interrupted(
     tiny_base: BaseModel, recipe: Recipe, tmp_path: Path
 ) -> None:
     assert_goes_on(tiny_base, recipe, tmp_path)
+
+
+def test_another_text_finds_nothing(
+    tiny_base: BaseModel, recipe: Recipe, tmp_path: Path
+) -> None:
+    assert_another_text_counts(tiny_base, recipe, tmp_path)
