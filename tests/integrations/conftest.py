@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers import (
     Gemma3TextConfig,
+    Glm4Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -39,6 +40,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
         tie_word_embeddings=False,
     ),
     "phi3": Phi3Config(**PIECES),
+    "glm4": Glm4Config(**HEADS),
     "mixtral": MixtralConfig(**HEADS, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": Qwen3MoeConfig(
         **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64

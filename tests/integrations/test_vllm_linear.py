@@ -107,12 +107,12 @@ def test_merged_columns_and_rows(as_rank, bits, group_size, size):
 @pytest.mark.parametrize(("bits", "group_size"), GRIDS)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_linears_that_the_file_has_fused(as_rank, bits, group_size, size):
-    """As Phi-3's: each part is cut for itself."""
+    """Each part is cut for itself, whether vLLM's mapping knows (Phi-3's) or not."""
     heads, kv_heads = 4, 2
     parts = [heads * HEAD, kv_heads * HEAD, kv_heads * HEAD]
     shapes = {"attn.qkv_proj": (sum(parts), HIDDEN), "mlp.gate_up_proj": (512, HIDDEN)}
     config, packed, dense = stored_linears(shapes, bits, group_size)
-    config.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}
+    config.packed_modules_mapping["qkv_proj"] = ["qkv_proj"]
     q, k, v = dense["attn.qkv_proj"].split(parts)
     gate, up = dense["mlp.gate_up_proj"].chunk(2)
     for rank in range(size):
@@ -302,6 +302,13 @@ def test_clusters_of_any_number_of_rows_and_columns():
     output, _ = layer(x)
     expected = x.double() @ torch.cat(list(dense.values())).T
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fused_linears_of_a_model_that_does_not_say_so():
+    """As StableLM."""
+    config, _, _ = stored_linears(GATE_UP, 3, 32)
+    config.packed_modules_mapping = {}
+    assert merged_layer(config).quant_method.names == list(GATE_UP)
 
 
 def test_half_quantized_fused_linears_are_refused():

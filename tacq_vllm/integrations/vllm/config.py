@@ -25,6 +25,12 @@ from tacq_vllm.integrations.vllm.summary import LoadSummary
 _DRAFT = "draft_model."
 """What vLLM puts before the names of a model that drafts for another."""
 
+_FUSED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+"""What vLLM fuses in models that do not say so, as StableLM."""
+
 
 @register_quantization_config(QUANT_METHOD)
 class TacqConfig(QuantizationConfig):
@@ -160,7 +166,11 @@ class TacqConfig(QuantizationConfig):
                 )
 
     def _parts(self, prefix: str) -> list[str]:
-        """Names, unfused, of the linears that make up a module."""
-        parent, _, leaf = prefix.removeprefix(_DRAFT).rpartition(".")
-        parts = self.packed_modules_mapping.get(leaf, [leaf])
+        """Names of the linears that make up a module."""
+        name = prefix.removeprefix(_DRAFT)
+        if name in self._stored_names:
+            # Fused in the file too, which the mapping of GLM-4 for one does not say.
+            return [name]
+        parent, _, leaf = name.rpartition(".")
+        parts = (_FUSED | self.packed_modules_mapping).get(leaf, [leaf])
         return [f"{parent}.{part}" if parent else part for part in parts]
