@@ -160,14 +160,6 @@ def test_an_fp8_cache_is_refused(serve: Worker, checkpoint: Path) -> None:
     assert "FP8 KV cache on CPU requires x86 with AVX-512 or AMX" in answer.log
 
 
-def test_sharded_state_is_refused(serve: Worker, checkpoint: Path) -> None:
-    answer = serve(checkpoint, load_format="sharded_state")
-
-    assert answer.code != 0
-    (line,) = answer.log_lines
-    assert "--load-format sharded_state is not supported" in line
-
-
 def test_a_lora_adapter(
     serve: Worker, checkpoint: Path, expected: list[list[int]], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -19,7 +20,7 @@ from tacq_vllm.format.schema import (
 from tacq_vllm.format.validation import check_headers
 from tacq_vllm.integrations.vllm.errors import refuse
 from tacq_vllm.integrations.vllm.files import weights_folder
-from tacq_vllm.integrations.vllm.parallel import check_tensor_parallel_size
+from tacq_vllm.integrations.vllm.parallel import check_ranks
 from tacq_vllm.integrations.vllm.summary import LoadSummary
 
 _DRAFT = "draft_model."
@@ -104,13 +105,20 @@ class TacqConfig(QuantizationConfig):
     ) -> None:
         """Check what can be checked before any worker starts.
 
-        That is the number of ranks, and the headers of the files.
+        That is what the kernels cannot do, the number of ranks, and the headers of the
+        files.
 
         Raises:
-            ValueError: the checkpoint cannot be cut so, or its files are at fault.
+            ValueError: something is not supported, the checkpoint cannot be cut so, or
+                its files are at fault.
         """
         self._summary.name(model_name)
-        check_tensor_parallel_size(self.schema)
+        if envs.VLLM_BATCH_INVARIANT:
+            refuse(
+                "VLLM_BATCH_INVARIANT is not supported: how the kernels add up depends "
+                "on the number of tokens; unset it"
+            )
+        check_ranks(self.schema)
         folder = weights_folder(model_name, revision)
         if folder is not None:
             try:

@@ -11,6 +11,8 @@ from tacq_vllm.integrations.vllm.errors import logger, refuse
 
 _SAFETENSORS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor")
 _PICKLES = ("pt", "npcache")
+_SAVED_BY_VLLM = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
+"""Of a model as it is in a worker's memory, or loaded without its last step."""
 
 
 def weights_folder(model: str, revision: str | None) -> Path | None:
@@ -21,7 +23,7 @@ def weights_folder(model: str, revision: str | None) -> Path | None:
         another hub than Hugging Face's.
 
     Raises:
-        ValueError: the repo cannot be had, or pickled weights are asked for.
+        ValueError: the repo cannot be had, or the load format cannot load a checkpoint.
     """
     config = config_in_the_making()
     load_format = str(config.load_config.load_format) if config else "auto"
@@ -29,6 +31,11 @@ def weights_folder(model: str, revision: str | None) -> Path | None:
         refuse(
             f"--load-format {load_format} reads pickled weights, which a TaCQ "
             "checkpoint does not have: leave it out"
+        )
+    if load_format in _SAVED_BY_VLLM:
+        refuse(
+            f"--load-format {load_format} is not supported: leave it out, each rank "
+            "keeps its own part of an ordinary checkpoint"
         )
     if load_format not in _SAFETENSORS:
         return None

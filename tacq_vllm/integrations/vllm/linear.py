@@ -79,14 +79,14 @@ class TacqLinearMethod(LinearMethodBase):
 
         Raises:
             ValueError: the linear is not the stored one, or the cut goes through words
-                or groups.
+                or groups; or vLLM is to quantize it once more.
         """
-        load_format = get_current_vllm_config().load_config.load_format
-        if load_format == "sharded_state":
+        if getattr(layer, "quant_method", self) is not self:
             refuse(
-                "--load-format sharded_state is not supported: leave it out, each rank "
-                "keeps its own part of an ordinary checkpoint"
+                f"{', '.join(self.names)}: is quantized, and --quantization-config "
+                "would quantize it once more: give it for experts alone (`moe`)"
             )
+        load_format = get_current_vllm_config().load_config.load_format
         parts = _parts(layer, output_size, output_partition_sizes)
         self.is_dummy_load = load_format == "dummy"
         self.num_parts = len(parts)
