@@ -21,11 +21,14 @@ Load = Callable[..., None]
 def load_with(monkeypatch: pytest.MonkeyPatch) -> Load:
     """Say how vLLM is to load."""
 
-    def use(load_format: str, download_dir: str | None = None) -> None:
+    def use(
+        load_format: str, download_dir: str | None = None, revision: str | None = None
+    ) -> None:
         config = SimpleNamespace(
             load_config=SimpleNamespace(
                 load_format=load_format, download_dir=download_dir
-            )
+            ),
+            model_config=SimpleNamespace(revision=revision),
         )
         monkeypatch.setattr(files, "config_in_the_making", lambda: config)
 
@@ -42,7 +45,9 @@ def test_pickles_are_refused(load_with: Load, tmp_path: Path, load_format: str) 
         weights_folder(str(tmp_path), None)
 
 
-@pytest.mark.parametrize("load_format", ["auto", "safetensors", "dummy", "tensorizer"])
+@pytest.mark.parametrize(
+    "load_format", ["auto", "safetensors", "dummy", "runai_streamer"]
+)
 def test_a_folder(load_with: Load, tmp_path: Path, load_format: str) -> None:
     """None where vLLM reads no files of it."""
     load_with(load_format)
@@ -63,7 +68,7 @@ def test_a_repo(
         return tmp_path
 
     monkeypatch.setattr(files, "checkpoint_folder", download)
-    load_with("auto", "/downloads")
+    load_with("auto", "/downloads", revision="v2")
 
     assert weights_folder("org/name", "v1") == tmp_path
     with pytest.raises(ValueError, match="tacq: org/gone: no such repo"):
@@ -75,5 +80,6 @@ def test_a_repo(
     note = files._note
     assert asked == [
         ("org/name", "v1", note, "/downloads"),
-        ("org/gone", None, note, "/downloads"),
+        # Not every vLLM tells the revision that it is going to load.
+        ("org/gone", "v2", note, "/downloads"),
     ]

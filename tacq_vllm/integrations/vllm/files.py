@@ -44,6 +44,9 @@ def weights_folder(model: str, revision: str | None) -> Path | None:
     if envs.VLLM_USE_MODELSCOPE or not is_hub_id(model):
         return None
     cache = config.load_config.download_dir if config else None
+    if revision is None and config:
+        # vLLM 0.26 and 0.27 do not tell it.
+        revision = config.model_config.revision
     try:
         return checkpoint_folder(model, revision, _note, cache)
     except HubError as error:
