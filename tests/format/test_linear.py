@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,6 +126,6 @@ def test_scales_that_no_weight_has_are_refused(bits: int) -> None:
     fault = check_linear(packed)
     packed.scales[3, 1] = -0.99 * 2.0**127 / step
 
-    reason = f"a value is so large that {step} times it is no weight"
+    reason = f"{step} times a value is too large to be a weight"
     assert str(fault) == f"scales: {reason}"
     assert check_linear(packed) is None

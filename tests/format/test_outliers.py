@@ -156,7 +156,7 @@ def test_a_value_that_is_no_weight_is_refused(sign: float) -> None:
     limit = 2.0**127
     faults = {
         limit * (1 - 2**-8): None,
-        limit: "a kept value is so large that it is no weight",
+        limit: "a kept value is too large to be a weight",
     }
     for value, fault in faults.items():
         values = torch.tensor([1.0, sign * value, 0.5]).bfloat16()

@@ -195,7 +195,12 @@ KINDS = [
     _kind("a scale NaN", replace(SCALES, put(5, float("nan"))), SCALES, "not finite"),
     _kind("infinite scale", replace(SCALES, put(0, -float("inf"))), SCALES, "not fin"),
     _kind("a flipped bit", _flip_bit, SCALES, "not finite"),
-    _kind("a huge scale", replace(SCALES, put(7, 3e38)), SCALES, "so large that 7"),
+    _kind(
+        "a huge scale",
+        replace(SCALES, put(7, 3e38)),
+        SCALES,
+        "7 times a value is too large",
+    ),
     _kind("a column too far", _column(58, 64), TABLE, "column 64 is outside 64"),
     _kind("the last column", _column(0, 65535), TABLE, "column 65535 is outside 64"),
     _kind("columns backwards", _exchange, TABLE, "not strictly ascending"),
