@@ -157,7 +157,7 @@ def test_the_loss_alone_needs_no_harness_and_no_database(
         (
             "wikitext2",
             ["--baseline", "nowhere/x"],
-            "nowhere/x: no folder here, and not",
+            "nowhere/x: no such folder here, and",
         ),
     ],
 )
