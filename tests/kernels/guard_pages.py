@@ -3,7 +3,8 @@
     python -m tests.kernels.guard_pages exact|int8
 
 A page that nobody may touch lies right after each tensor, or right before it: a kernel
-that reads or writes a byte too many ends this program with a fault.
+that reads or writes a byte too many ends this program with a fault. What a kernel is
+given to write to has NaNs in it, which must not get into the product.
 """
 
 import ctypes
@@ -96,7 +97,10 @@ def multiply_guarded(
 
     def empty(*sizes: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         shape = sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-        return guarded(shape, dtype, before)
+        made = guarded(shape, dtype, before)
+        # As memory that was in use may be; as floats these bytes are NaN.
+        made.view(torch.uint8).fill_(0xFF)
+        return made
 
     torch.empty = empty
     try:

@@ -64,6 +64,31 @@ def test_the_name_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_name(packed, torch.bfloat16) == "reference"
 
 
+def test_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = ops._kernels.__wrapped__
+
+    assert find("mps") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(ops.platform, "machine", lambda: "aarch64")
+        assert find("cpu") is None
+    with monkeypatch.context() as patch:
+        # As in a build for AMD's GPUs, which calls its devices so too.
+        patch.setattr(torch.version, "cuda", None)
+        assert find("cuda") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "cuda", "13.0")
+        patch.setattr(ops, "_installed", lambda package: False)
+        assert find("cpu") is None
+        assert find("cuda") is None
+
+
+def test_without_openmp_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_linear = pytest.importorskip("tacq_vllm.kernels.cpu_linear")
+    monkeypatch.setattr(cpu_linear, "find_openmp", lambda: None)
+
+    assert ops._kernels.__wrapped__("cpu") is None
+
+
 @pytest.mark.parametrize("shape", [(100,), (3, 100), (2, 20, 100), (0, 100)])
 def test_clusters(shape: tuple[int, ...]) -> None:
     packed, dense = random_clustered(24, 100, -1, 0.03, torch.bfloat16, 0)
