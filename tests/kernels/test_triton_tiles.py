@@ -212,6 +212,7 @@ def test_other_programs_share_a_row_with_very_many_kept_weights() -> None:
         (256, 64, 4, True),
         (256, 64, 2, False),
         (576, 64, 2, False),
+        (384, 64, 2, False),
         (500, -1, 2, False),
         (496, -1, 2, False),
         (512, 16, 2, False),
