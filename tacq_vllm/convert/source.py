@@ -19,6 +19,7 @@ from tacq_vllm.format.checkpoint import CONFIG_NAME
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.format.parallel import fused_modules, half_quantized
 from tacq_vllm.format.schema import check_linear_shape
+from tacq_vllm.format.skeleton import check_blocks
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import loading_errors
 from tacq_vllm.quantize.weights import WeightFiles, open_weights
@@ -42,12 +43,14 @@ class Source:
         """The quantized linears, by name, as the model has them: without values.
 
         Raises:
+            FormatError: config.json has more blocks than there are tensors.
             QuantizeError: there are none, or TaCQ cannot have these.
         """
         marker = f".{self.layout.suffixes[0]}"
         names = {n.removesuffix(marker) for n in self.files if n.endswith(marker)}
         if not names:
             raise QuantizeError(f"{self.folder}: no tensor is named NAME{marker}")
+        check_blocks(self.config, len(self.files.shapes))
         known = _model_linears(self.folder)
         for name in sorted(names):
             if name not in known:

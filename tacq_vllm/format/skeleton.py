@@ -54,7 +54,7 @@ def read_skeleton(folder: Path, num_tensors: int) -> Skeleton | None:
     if model_class is None:
         return None
     # Before it is read: some configurations then hold a list of all blocks.
-    _check_blocks(content, num_tensors)
+    check_blocks(content, num_tensors)
     return _build(folder, model_class)
 
 
@@ -79,8 +79,12 @@ def _model_class(content: dict[str, Any]) -> Any:
     return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(config_class, None)
 
 
-def _check_blocks(content: dict[str, Any], num_tensors: int) -> None:
-    """Refuse a model, or one inside it, that would take long to build for nothing."""
+def check_blocks(content: dict[str, Any], num_tensors: int) -> None:
+    """Refuse a model, or one inside it, that would take long to build for nothing.
+
+    Raises:
+        FormatError: config.json has more blocks than the files hold tensors.
+    """
     parts = [content]
     for part in parts:
         parts += [value for value in part.values() if isinstance(value, dict)]

@@ -20,6 +20,7 @@ import tacq_vllm.integrations.transformers  # noqa: F401 - registers the quantiz
 from tacq_vllm.convert.gptq import GptqLayout
 from tacq_vllm.convert.importing import import_checkpoint
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
+from tacq_vllm.format.schema import FormatError
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize import source as model_source
 from tacq_vllm.quantize.errors import QuantizeError
@@ -342,6 +343,14 @@ def test_a_configuration_that_makes_no_model(
     assert f"{gptq_copy}: cannot be loaded: " in str(caught.value)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_of_too_many_blocks(gptq_copy: Path, tmp_path: Path) -> None:
+    """Of a stranger's there may be so many that it takes hours to make them."""
+    rewrite_config(gptq_copy, num_hidden_layers=64)
+
+    with pytest.raises(FormatError, match="64 blocks, but the files hold 63 tensors"):
+        import_checkpoint(str(gptq_copy), tmp_path / "out", Progress())
 
 
 @pytest.mark.parametrize("model_type", ["evil", "vit"])
