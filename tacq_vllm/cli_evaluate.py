@@ -103,6 +103,7 @@ def evaluate(
     )
     from tacq_vllm.evaluate.samples import SampleLog
     from tacq_vllm.evaluate.tasks import Protocol, figures, load_tasks
+    from tacq_vllm.format.staging import staged_file
     from tacq_vllm.quantize.progress import Progress
     from tacq_vllm.scores import read_scores_file
 
@@ -142,7 +143,9 @@ def evaluate(
         scores = with_baseline(scores, reference)
     print_scores(scores)
     if json_file is not None:
-        json_file.write_text(scores.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        # What an earlier run wrote stays until this is whole.
+        with staged_file(json_file.resolve()) as staging:
+            staging.write_text(scores.model_dump_json(indent=2) + "\n", "utf-8")
 
 
 def print_scores(scores: "Scores") -> None:

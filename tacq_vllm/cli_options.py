@@ -1,5 +1,6 @@
 """Options that several commands have."""
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,10 +90,15 @@ def check_file(option: str, path: Path | None) -> None:
     """
     if path is None:
         return
-    if not path.absolute().parent.is_dir():
+    folder = path.resolve().parent
+    if not folder.is_dir():
         raise InputError(f"{option} {path}: there is no such folder")
     if path.is_dir():
         raise InputError(f"{option} {path}: a folder; give a file in it")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path}: no plain file; give another")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{option} {path}: nothing can be written there")
 
 
 def split_names(option: str) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,7 @@ def test_the_loss_alone_needs_no_harness_and_no_database(
         ("wikitext2", ["--data-root", "nowhere"], "nowhere/wikitext2/test.txt: no"),
         ("wikitext2", ["--json", "nowhere/x.json"], "there is no such folder"),
         ("wikitext2", ["--json", "."], "--json .: a folder; give a file in it"),
+        ("wikitext2", ["--json", "/dev/null"], "--json /dev/null: no plain file"),
         ("wikitext2", ["--samples", "nowhere/x.jsonl"], "there is no such folder"),
         ("wikitext2", ["--samples", "."], "--samples .: a folder; give a file in it"),
         (
@@ -167,6 +169,36 @@ def test_bad_options(
     result = evaluate(tiny_model, tasks, root, *options)
 
     assert_one_line(result, reason)
+
+
+def test_scores_stay_where_the_disk_is_full(
+    tiny_model: Path, root: Path, mount: Callable[..., Path]
+) -> None:
+    file = mount("size=8k") / "scores.json"
+    file.write_text("of an earlier run")
+    filling = file.with_name("filling")
+    with pytest.raises(OSError, match="No space left"):
+        filling.write_bytes(b"x" * 10_000)
+
+    result = evaluate(
+        tiny_model, "wikitext2", root, "--window", 64, "--limit", 1, "--json", file
+    )
+
+    assert result.exit_code == 2
+    assert "No space left" in result.stderr.splitlines()[-1]
+    assert file.read_text() == "of an earlier run"
+    assert sorted(file.parent.iterdir()) == [filling, file]
+
+
+@pytest.mark.parametrize("option", ["--json", "--samples"])
+def test_a_folder_that_is_read_only_is_told_before_measuring(
+    tiny_model: Path, root: Path, mount: Callable[..., Path], option: str
+) -> None:
+    file = mount("ro") / "file"
+
+    result = evaluate(tiny_model, "wikitext2", root, option, file)
+
+    assert_one_line(result, f"{option} {file}: nothing can be written there")
 
 
 def test_a_model_that_is_none(root: Path, tmp_path: Path) -> None:
