@@ -1,9 +1,11 @@
 """The wheel: what it holds, and what works where nothing else of ours is."""
 
 import json
+import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -77,6 +79,32 @@ def test_what_it_holds(wheel: Path) -> None:
         "tacq_vllm",
         f"{wheel.name.removesuffix('-py3-none-any.whl')}.dist-info",
     }
+
+
+def test_the_source_archive_holds_what_the_readme_links_to(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="builds the archive")
+    command = [
+        sys.executable,
+        "-m",
+        "hatchling",
+        "build",
+        "-t",
+        "sdist",
+        "-d",
+        tmp_path,
+    ]
+
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+    (path,) = tmp_path.iterdir()
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    readme = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", readme)
+    files = {link for link in links if (ROOT / link).is_file()}
+    assert len(files) > 10
+    assert files <= names
+    assert {"Makefile", "packaging/vllm-cpu-metadata/pyproject.toml"} <= names
 
 
 def test_help_is_instant(installed: Path) -> None:
