@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import tacq_vllm.integrations.transformers  # noqa: F401
+from tests.conftest import save_random
 from tests.integrations.asking import (
     Worker,
     adapted_tokens,
     make_prompts,
     transformers_tokens,
 )
-from tests.integrations.conftest import FamilyCheckpoint
+from tests.integrations.conftest import FAMILIES, FamilyCheckpoint
 from tests.integrations.vllm_worker import NEW_TOKENS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -82,6 +83,19 @@ def test_a_tacq_model_drafts(
     # It is the model that it drafts for, which so takes all that it says.
     drafted = answer.count("spec_decode_num_draft_tokens")
     assert answer.count("spec_decode_num_accepted_tokens") == drafted > 0
+
+
+def test_a_16_bit_model_drafts(
+    serve: Worker, checkpoint: Path, expected: list[list[int]], tmp_path: Path
+) -> None:
+    model = save_random(FAMILIES["llama"], tmp_path / "model")
+    draft = {"method": "draft_model", "num_speculative_tokens": 2, "model": str(model)}
+
+    answer = serve(checkpoint, speculative_config=draft)
+
+    assert answer.tokens == expected
+    drafted = answer.count("spec_decode_num_draft_tokens")
+    assert 0 < answer.count("spec_decode_num_accepted_tokens") < drafted
 
 
 def test_dummy_weights(serve: Worker, checkpoint: Path) -> None:
