@@ -10,6 +10,9 @@ from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    get_and_maybe_dequant_weights,
+)
 from vllm.model_executor.model_loader.weight_utils import (
     initialize_single_dummy_weight,
 )
@@ -200,6 +203,34 @@ def test_replicated_and_column_parallel_linears(as_rank):
     )
     load(column, packed["router"], None)
     assert torch.equal(loaded_weight(column), dense["router"][64:])
+
+
+def test_linears_of_latent_attention(as_rank):
+    """As DeepSeek's: fused ones that no rank cuts, and one that attention reads."""
+    fused = {"attn.q_a_proj": (96, HIDDEN), "attn.kv_a_proj_with_mqa": (64, HIDDEN)}
+    config, packed, dense = stored_linears(fused | {"attn.kv_b_proj": (128, 64)}, 3, 32)
+    leaves = [name.removeprefix("attn.") for name in fused]
+    config.packed_modules_mapping = {"fused_qkv_a_proj": leaves}
+    as_rank(1, 2)
+    down = vllm_linear.MergedColumnParallelLinear(
+        HIDDEN,
+        [96, 64],
+        bias=False,
+        quant_config=config,
+        prefix="attn.fused_qkv_a_proj",
+        disable_tp=True,
+    )
+    for shard_id, name in enumerate(fused):
+        load(down, packed[name], shard_id)
+    assert torch.equal(loaded_weight(down), torch.cat([dense[name] for name in fused]))
+
+    up = vllm_linear.ColumnParallelLinear(
+        64, 128, bias=False, quant_config=config, prefix="attn.kv_b_proj"
+    )
+    load(up, packed["attn.kv_b_proj"], None)
+    weight = loaded_weight(up)
+    assert torch.equal(weight, dense["attn.kv_b_proj"][64:])
+    assert torch.equal(get_and_maybe_dequant_weights(up).double(), weight)
 
 
 def merged_layer(config: TacqConfig, parent: str = "mlp") -> nn.Module:
