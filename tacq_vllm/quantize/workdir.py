@@ -171,12 +171,15 @@ def check_output(output: Path, work_dir: Path | None = None) -> None:
 
     Raises:
         QuantizeError: `output` exists and is not an empty folder; or it is a link, a
-            mount point or the current folder, or has `work_dir` inside.
+            mount point or the current folder, lies in a file, or has `work_dir` inside.
     """
     if work_dir and work_dir.resolve().is_relative_to(output.resolve()):
         raise QuantizeError(f"{output}: --work-dir lies in it; choose one elsewhere")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise QuantizeError(f"{output}: exists already; choose another --output")
+    above = next(path for path in output.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise QuantizeError(f"{output}: {above} is a file; choose another --output")
     fixed = (
         ("the current folder", output.resolve() == Path.cwd()),
         ("a link", output.is_symlink()),

@@ -252,3 +252,11 @@ def test_an_output_around_the_work_folder_is_refused(tmp_path: Path) -> None:
         with pytest.raises(QuantizeError, match="out: --work-dir lies in it"):
             check_output(output, work_dir)
     check_output(output, tmp_path / ".out.work")
+
+
+def test_an_output_in_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    for output in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(QuantizeError, match="file is a file; choose another"):
+            check_output(output)
