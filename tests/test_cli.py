@@ -201,6 +201,16 @@ def test_inspect_as_json(tiny_checkpoint: Path) -> None:
     assert shown["tensor_parallel_sizes"] == [1]
 
 
+def test_an_error_of_the_system(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("data")
+    arguments = quantize_arguments(tiny_model, tmp_path / "out", tiny_model)
+
+    result = tacq(*arguments, "--work-dir", tmp_path / "file")
+
+    assert_one_line(result, f"tacq: {tmp_path / 'file'}/")
+    assert result.stderr.endswith(": Not a directory\n")
+
+
 def test_a_reader_that_has_seen_enough(tiny_checkpoint: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
