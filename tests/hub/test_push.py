@@ -305,7 +305,7 @@ def test_what_is_refused(hub: Hub, tacq: Tacq, copy: Path, tmp_path: Path) -> No
     reasons = [
         "safetensors: truncated or not safetensors",
         "nowhere: there is no such folder; see `tacq verify`",
-        "scores.json: scores: Field required",
+        "scores.json: no file of scores: scores: Field required",
         "README.md: its metadata is not valid, mend it first: ",
         "org/public: is public already; make it private on its page",
         "tiny: whose? give it as `user/tiny`",
