@@ -97,6 +97,13 @@ def test_a_text_of_one_window_gives_it() -> None:
     assert sample.tokens.tolist() == list(range(8))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_windows_are_whole_where_the_text_is_short(seed: int) -> None:
+    chosen = cut_windows(texts(9), 4, 2, seed)
+
+    assert [sample.tokens.numel() for sample in chosen.samples] == [4, 4]
+
+
 def test_no_more_texts_are_read_than_windows_need() -> None:
     remaining = iter(texts(*[10] * 1000))
 
@@ -125,6 +132,10 @@ def test_too_few_samples_are_all_used_once() -> None:
 
     assert chosen.ran_out
     assert count_tokens(chosen.samples) == 14
+
+
+def test_samples_that_are_just_enough_do_not_run_out() -> None:
+    assert not take_whole(texts(5, 9), 14, None).ran_out
 
 
 def test_samples_longer_than_the_model_takes_are_left_out() -> None:

@@ -15,9 +15,12 @@ from tacq_vllm.quantize.gptq import Hessian, quantize_matrix, relative_error
 from tacq_vllm.quantize.layerwise import BlockPass
 from tacq_vllm.quantize.methods.gptq import gptq_rounder
 from tacq_vllm.quantize.methods.packed import Masks, keep_none
+from tacq_vllm.quantize.methods.simulated import SimulatedRounder
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.quantized import QuantizedBlocks
+from tacq_vllm.quantize.result import SimulatedResult
+from tacq_vllm.quantize.rounder import GroupInputs
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
 from tacq_vllm.quantize.world import World
@@ -218,6 +221,28 @@ def test_the_error_is_that_of_the_outputs(
     D = W - blocks.weight(name)
     error = torch.trace(D @ H @ D.T) / torch.trace(W @ H @ W.T)
     assert next(blocks.reports()).error == pytest.approx(float(error), rel=1e-3)
+
+
+def test_tokens_are_sampled_all_over_the_text(
+    tiny_base: BaseModel, plain_model: PreTrainedModel, phase_folder: PhaseFolder
+) -> None:
+    samples, found, seen = random_samples(40), [], []
+
+    def quantize_linear(
+        name: str, W: Tensor, inputs: GroupInputs | None
+    ) -> SimulatedResult:
+        found.append(inputs)
+        raise KeyboardInterrupt
+
+    rounder = SimulatedRounder(quantize_linear, 3, 32, torch.bfloat16, sample_tokens=10)
+    blocks = BlockPass(tiny_base, rounder, samples, phase_folder, World())
+    with pytest.raises(KeyboardInterrupt):
+        blocks.run("sampling", Progress())
+
+    module = plain_model.get_submodule("model.layers.0.self_attn.q_proj")
+    module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    plain_model(samples[0].tokens[None])
+    torch.testing.assert_close(found[0].sample, seen[0][0, ::4])
 
 
 def test_only_the_blocks_stay_on_disk(

@@ -1,10 +1,10 @@
 """Which samples a step has, and what goes through the model at once."""
 
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tacq_vllm.quantize.errors import QuantizeError
@@ -22,6 +22,7 @@ LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=20)
 
 
 @given(count=st.integers(2, 300), share=st.floats(0.01, 0.99))
+@example(count=2, share=0.99)
 def test_some_samples_are_held_out_and_some_are_not(count: int, share: float):
     train, held = hold_out(count, share)
 
@@ -48,6 +49,8 @@ def test_every_epoch_has_every_sample_once(
         assert sorted(epoch) == list(range(len(lengths)))
     for step in steps:
         assert len(step) == 1 or sum(lengths[n] for n in step) <= batch_tokens
+    for step, following in pairwise(steps):
+        assert sum(lengths[n] for n in [*step, following[0]]) > batch_tokens
     count = count_steps(lengths, batch_tokens, seed, 2)
     assert sum(map(len, steps[:count])) >= 2 * len(lengths)
     assert sum(map(len, steps[: count - 1])) < 2 * len(lengths)

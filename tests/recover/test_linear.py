@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tacq_vllm.format.linear import PackedLinear
+from tacq_vllm.format.packing import unpack_codes
 from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.kernels.reference import dequantize
 from tacq_vllm.recover.config import RecoverConfig
@@ -42,8 +43,10 @@ def make_linear(
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("density", [0.0, 0.05])
 def test_it_starts_as_the_checkpoint_whatever_the_base(
-    bits: int, density: float, dtype: torch.dtype
+    bits: int, density: float, dtype: torch.dtype, monkeypatch
 ):
+    # Several parts, the last one smaller.
+    monkeypatch.setattr("tacq_vllm.recover.linear._START_WEIGHTS", 3 * IN)
     packed = make_packed(bits, density, dtype)
     base = dequantize(packed) + 0.2 * torch.randn(OUT, IN)
     linear = make_linear(packed, base, train_outliers=True)
@@ -104,6 +107,24 @@ def test_the_update_is_in_mean_scales():
 
     assert torch.equal(small.pack().qweight, large.pack().qweight)
     assert not torch.equal(small.pack().qweight, make_linear(packed).pack().qweight)
+
+
+def test_the_update_is_alpha_over_rank_mean_scales():
+    packed = make_packed(3, 0.0, torch.bfloat16)
+    # Others' checkpoints may have scales of either sign.
+    packed.scales[::2] *= -1
+    linear = make_linear(packed, rank=2, alpha=3.0)
+    with torch.no_grad():
+        linear.B.normal_(generator=torch.Generator().manual_seed(1))
+
+    codes = unpack_codes(linear.pack().weight_planes, 3, IN)
+
+    size = packed.scales.abs().float().mean()
+    latent = linear.latent.float() + 3.0 / 2 * size * (linear.B @ linear.A)
+    scales = packed.scales.float().repeat_interleave(GROUP, dim=1)
+    zeros = packed.zeros.repeat_interleave(GROUP, dim=1)
+    expected = (latent / scales + zeros).round().clamp(0, 7)
+    assert torch.equal(codes.float(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

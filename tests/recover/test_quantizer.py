@@ -189,6 +189,11 @@ def test_a_scale_of_zero_stands_for_zeros():
     trained = trained._replace(kept=torch.ones(1))
 
     weight = frozen.weight(trained)
+    again, gradients = frozen.gradients(torch.ones(OUT, IN), trained)
+    codes = torch.zeros(OUT, IN, dtype=torch.uint8)
 
     assert not weight[0].any()
     assert weight[1, 0] == 1.0
+    assert torch.equal(again, weight)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients[:3])
+    assert bool(lattice.confine(weight, codes, margin=0.25).isfinite().all())

@@ -123,6 +123,32 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@torch.no_grad()
+def test_it_is_compared_with_the_teacher_token_by_token(
+    tiny_base: Any, tiny_checkpoint: Path, temperature: float
+):
+    student = tiny_student(tiny_base, tiny_checkpoint, temperature=temperature)
+    samples = random_samples(9, 6)
+    generator = torch.Generator().manual_seed(1)
+    states = [
+        torch.randn(len(sample.tokens), 64, generator=generator) for sample in samples
+    ]
+
+    found = student(stack_samples(samples, states, CPU), 1.0).total
+
+    expected = torch.zeros(())
+    for sample, given in zip(samples, states, strict=True):
+        own = logits(student, sample.tokens[None])[0]
+        other = student.model.get_output_embeddings()(given)
+        q, p = (
+            torch.softmax(values[:-1][sample.scored[1:]] / temperature, -1)
+            for values in (own, other)
+        )
+        expected += temperature**2 * (p * (p.log() - q.log())).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_padding_changes_nothing(tiny_base, tiny_checkpoint):
     one, two = random_samples(20, 7)
     together = stack_samples([one, two], None, CPU)
