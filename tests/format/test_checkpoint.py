@@ -152,6 +152,11 @@ def test_missing_shard(sharded: Path) -> None:
 
     assert_refused(sharded, "model-00003-of-00003.safetensors: the file is missing")
 
+    # Nor is it there where another kind of thing has its name.
+    (sharded / "model-00003-of-00003.safetensors").mkdir()
+
+    assert_refused(sharded, "model-00003-of-00003.safetensors: the file is missing")
+
 
 @pytest.mark.parametrize(
     "name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "model.bin"]

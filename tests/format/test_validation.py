@@ -1,10 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
+from tacq_vllm.format.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_schema
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.format.validation import check_headers, find_faults
 from tests.builders import (
@@ -81,6 +82,28 @@ def test_headers_are_refused_before_a_weight_is_read(
 
     with pytest.raises(FormatError, match=LINEAR):
         check_headers(checkpoint_copy, read_schema(checkpoint_copy))
+
+
+def test_the_layer_that_gives_logits_cannot_be_quantized(checkpoint_copy: Path) -> None:
+    path = checkpoint_copy / CONFIG_NAME
+    config = json.loads(path.read_text())
+    block = config["quantization_config"]
+    block["linears"]["lm_head"] = [64, 64]
+    block["circuits"]["default"]["lm_head"] = 0
+    path.write_text(json.dumps(config))
+
+    fault = "lm_head: stored as [64, 64], but the model has no such linear"
+    assert any(fault in line for line in find_faults(checkpoint_copy))
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_is_not_fetched(checkpoint_copy: Path, key: str) -> None:
+    path = checkpoint_copy / CONFIG_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: "some/kernel"}))
+
+    (line,) = find_faults(checkpoint_copy)
+
+    assert f"{key} names code to fetch: 'some/kernel'" in line
 
 
 @pytest.mark.parametrize("changes", [HEADER_FAULTS, CONTENT_FAULTS])
