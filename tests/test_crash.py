@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from tacq_vllm.compare.report import TABLE_NAME
-from tacq_vllm.compare.rows import RESULTS_NAME, Row, read_results, read_row
+from tacq_vllm.compare.rows import RESULTS_NAME, Row, read_row
 from tacq_vllm.compare.run import MODELS_FOLDER, ROWS_FOLDER
 from tests.builders import quantize_arguments
 from tests.compare.test_compare import arguments as comparison
+from tests.compare.test_compare import read_results
 from tests.conftest import TinyLlama, contents
 from tests.convert.sources import save_gptq
 from tests.evaluate.conftest import make_data
@@ -135,7 +136,7 @@ def assert_no_part(folder: Path, compared: Path) -> None:
     whole = rows(compared)
     assert all(whole[name] == row for name, row in rows(folder).items())
     if (folder / RESULTS_NAME).exists():
-        assert len(read_results(folder / RESULTS_NAME)) == len(whole)
+        assert len(read_results(folder)) == len(whole)
     if (folder / TABLE_NAME).exists():
         table = (folder / TABLE_NAME).read_bytes()
         assert table == (compared / TABLE_NAME).read_bytes()

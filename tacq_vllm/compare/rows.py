@@ -76,18 +76,6 @@ def write_row(path: Path, row: Row) -> None:
         staging.write_text(row.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def read_results(path: Path) -> list[Row]:
-    """All rows of a comparison.
-
-    Raises:
-        ScoresError: the file is something else.
-    """
-    try:
-        return _ROWS.validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise ScoresError(f"{path}: {one_line(error)}") from error
-
-
 def write_results(path: Path, rows: Sequence[Row]) -> None:
     """Store all rows in one file."""
     content = _ROWS.dump_python(list(rows), mode="json")

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.format.schema import FormatError
-from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.errors import QuantizeError, first_line
 from tacq_vllm.quantize.source import ModelSource, locate_model
 from tacq_vllm.quantize.workdir import fingerprint
 
@@ -25,16 +24,9 @@ def opened(model: str) -> Iterator[ModelSource]:
     except (FormatError, QuantizeError, EvaluateError):
         raise
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise EvaluateError(f"{model}: cannot be loaded: {lines[0]}") from error
-
-
-def model_name(model: str) -> str:
-    """What people call it: a folder's name, a file's stem, a Hub id."""
-    path = Path(model)
-    if path.suffix == ".gguf":
-        return path.stem
-    return path.absolute().name if path.is_dir() else model
+        raise EvaluateError(
+            f"{model}: cannot be loaded: {first_line(error)}"
+        ) from error
 
 
 def model_identity(source: ModelSource) -> str:

@@ -17,11 +17,12 @@ from transformers import (
 
 import tacq_vllm.integrations.transformers  # noqa: F401 - registers the format
 from tacq_vllm import __version__
-from tacq_vllm.evaluate.loading import model_identity, model_name, opened
+from tacq_vllm.evaluate.loading import model_identity, opened
 from tacq_vllm.evaluate.runner import Continuation, Likelihood, Prompt, cut_at_stop
 from tacq_vllm.evaluate.stem import Stem
 from tacq_vllm.kernels.ops import kernel_name
 from tacq_vllm.layers import TacqLinear
+from tacq_vllm.quantize.source import model_name
 
 _BATCH = 8
 """Prompts that are continued together."""

@@ -10,9 +10,10 @@ from vllm.platforms import current_platform
 
 from tacq_vllm import __version__
 from tacq_vllm.evaluate.errors import EvaluateError
-from tacq_vllm.evaluate.loading import model_identity, model_name, opened
+from tacq_vllm.evaluate.loading import model_identity, opened
 from tacq_vllm.evaluate.runner import Continuation, Likelihood, Prompt
 from tacq_vllm.kernels.activations import activations
+from tacq_vllm.quantize.source import model_name
 
 _TOGETHER = 32
 """Requests that are handed to the engine at once; then the log is written."""

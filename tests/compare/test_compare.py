@@ -4,12 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 from typer.testing import CliRunner, Result
 
 from tacq_vllm.cli import app
-from tacq_vllm.compare.rows import RESULTS_NAME, read_results
+from tacq_vllm.compare.rows import RESULTS_NAME, Row
 from tests.evaluate.conftest import make_data
 from tests.test_cli import assert_one_line
+
+
+def read_results(folder: Path) -> list[Row]:
+    """All rows that a comparison has left."""
+    content = (folder / RESULTS_NAME).read_bytes()
+    return TypeAdapter(list[Row]).validate_json(content)
 
 
 def arguments(model: Path, output: Path, root: Path, **options: object) -> list[str]:
@@ -56,7 +63,7 @@ def output(
 
 
 def test_a_row_for_each_model(output: Path) -> None:
-    rows = read_results(output / RESULTS_NAME)
+    rows = read_results(output)
 
     methods = [row.cell.method if row.cell else "16-bit" for row in rows]
     assert sorted(methods) == ["16-bit", "gptq", "magnitude"]
@@ -109,7 +116,7 @@ def test_another_task_is_added_to_the_rows(
     assert result.exit_code == 0, result.output
     # The packed weights are where the first run left them.
     assert "quantization: 14 steps" not in result.stderr
-    rows = read_results(output / RESULTS_NAME)
+    rows = read_results(output)
     assert len(rows) == 3
     assert all(row.tasks == ("wikitext2", "gsm8k-loss") for row in rows)
     assert all(len(row.scores) == 2 for row in rows)

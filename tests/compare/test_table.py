@@ -4,8 +4,8 @@ import pytest
 
 from tacq_vllm.compare.matrix import Cell
 from tacq_vllm.compare.rows import (
+    RESULTS_NAME,
     Row,
-    read_results,
     read_row,
     with_baselines,
     write_results,
@@ -13,6 +13,7 @@ from tacq_vllm.compare.rows import (
 )
 from tacq_vllm.compare.table import group_rows, metrics_of, write_table
 from tacq_vllm.scores import Score, ScoresError
+from tests.compare.test_compare import read_results
 
 BASE = Row(
     model="m",
@@ -94,11 +95,11 @@ def test_a_row_gets_more_tasks() -> None:
 
 def test_rows_on_disk(tmp_path: Path) -> None:
     write_row(tmp_path / "rows" / "a.json", ROWS[0])
-    write_results(tmp_path / "results.json", ROWS)
+    write_results(tmp_path / RESULTS_NAME, ROWS)
 
     assert read_row(tmp_path / "rows" / "a.json") == ROWS[0]
     assert read_row(tmp_path / "rows" / "b.json") is None
-    assert read_results(tmp_path / "results.json") == ROWS
+    assert read_results(tmp_path) == ROWS
     assert [path.name for path in (tmp_path / "rows").iterdir()] == ["a.json"]
 
 

@@ -9,7 +9,6 @@ from torch import nn
 from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     get_and_maybe_dequant_weights,
 )
@@ -18,9 +17,14 @@ from vllm.model_executor.model_loader.weight_utils import (
 )
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tacq_vllm.integrations.vllm.config import TacqConfig
 from tacq_vllm.kernels.reference import dequantize
-from tests.integrations.vllm_linears import CLUSTERS, load, stored_linears
+from tests.integrations.vllm_linears import (
+    CLUSTERS,
+    GATE_UP,
+    load,
+    merged_layer,
+    stored_linears,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_process")]
 
@@ -233,15 +237,6 @@ def test_linears_of_latent_attention(as_rank):
     assert torch.equal(get_and_maybe_dequant_weights(up).double(), weight)
 
 
-def merged_layer(config: TacqConfig, parent: str = "mlp") -> nn.Module:
-    return vllm_linear.MergedColumnParallelLinear(
-        64, [128, 128], bias=False, quant_config=config, prefix=f"{parent}.gate_up_proj"
-    )
-
-
-GATE_UP = {"mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64)}
-
-
 @pytest.mark.parametrize("left_out", ["qweight_high", "scales", "qzeros", "outliers"])
 def test_a_tensor_that_did_not_come_is_named(left_out):
     config, packed, _ = stored_linears(GATE_UP, 3, 32)
@@ -335,32 +330,6 @@ def test_clusters_of_any_number_of_rows_and_columns():
     torch.testing.assert_close(output.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_fused_linears_of_a_model_that_does_not_say_so():
-    """As StableLM."""
-    config, _, _ = stored_linears(GATE_UP, 3, 32)
-    config.packed_modules_mapping = {}
-    assert merged_layer(config).quant_method.names == list(GATE_UP)
-
-
-def test_half_quantized_fused_linears_are_refused():
-    config, _, _ = stored_linears({"mlp.gate_proj": (128, 64)}, 3, 32)
-    reason = r"tacq: mlp\.up_proj: not quantized, but mlp\.gate_proj"
-    with pytest.raises(ValueError, match=reason):
-        merged_layer(config)
-
-
-@pytest.mark.parametrize("quantized", [True, False])
-def test_experts_are_served_only_unquantized(quantized):
-    name = "mlp.experts.0.gate_proj" if quantized else "mlp.shared_expert.gate_proj"
-    config, _, _ = stored_linears({name: (128, 64)}, 3, 32)
-    experts = RoutedExperts.__new__(RoutedExperts)
-    if not quantized:
-        assert config.get_quant_method(experts, "mlp.experts") is None
-        return
-    with pytest.raises(ValueError, match=r"tacq: mlp.experts.0.gate_proj: quantized"):
-        config.get_quant_method(experts, "mlp.experts")
-
-
 @pytest.mark.parametrize(("bits", "group_size"), [(3, 32), (CLUSTERS, -1)])
 def test_dummy_weights_are_a_valid_table_of_the_right_size(bits, group_size):
     shapes = {"mlp.gate_proj": (576, 64), "mlp.up_proj": (576, 64)}
@@ -391,26 +360,3 @@ def test_resident_bytes_are_those_stored(bits, group_size):
     stored = sum(t.nbytes for p in packed.values() for t in p.tensors().values())
     # Fusing saves the second table's first row offset.
     assert resident == stored - 4
-
-
-def test_names_follow_a_model_in_a_model():
-    """As Gemma 3's: vLLM asks for the outer one, then for the inner one."""
-    from vllm.model_executor.models.utils import WeightsMapper
-
-    config, _, _ = stored_linears(GATE_UP, 3, 32)
-    outer = WeightsMapper(orig_to_new_prefix={"mlp.": "language_model.mlp."})
-    config.apply_vllm_mapper(outer)
-    config.apply_vllm_mapper(WeightsMapper())
-    layer = merged_layer(config, "language_model.mlp")
-    assert layer.quant_method.names == list(GATE_UP)
-
-
-def test_names_follow_a_model_that_renames_its_modules():
-    from vllm.model_executor.models.utils import WeightsMapper
-
-    config, _, _ = stored_linears(GATE_UP, 3, 32)
-    mapper = WeightsMapper(orig_to_new_prefix={"mlp.": "model.language.mlp."})
-    config.apply_vllm_mapper(mapper)
-    config.apply_vllm_mapper(mapper)
-    layer = merged_layer(config, "model.language.mlp")
-    assert layer.quant_method.names == list(GATE_UP)

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from vllm.model_executor.layers import linear as vllm_linear
 
 from tacq_vllm.format.schema import QuantizationSchema
 from tacq_vllm.format.stored import StoredLinear
@@ -12,6 +13,7 @@ from tests.builders import random_linear
 from tests.clusters import random_clustered
 
 CLUSTERS = "clusters"
+GATE_UP = {"mlp.gate_proj": (128, 64), "mlp.up_proj": (128, 64)}
 
 
 def stored_linears(
@@ -55,3 +57,10 @@ def load(
             parameter.weight_loader(parameter, tensor)
         else:
             parameter.weight_loader(parameter, tensor, shard_id)
+
+
+def merged_layer(config: TacqConfig, parent: str = "mlp") -> nn.Module:
+    """A module of the linears in `GATE_UP`, without values."""
+    return vllm_linear.MergedColumnParallelLinear(
+        64, [128, 128], bias=False, quant_config=config, prefix=f"{parent}.gate_up_proj"
+    )
