@@ -111,11 +111,13 @@ class TacqQuantizer(HfQuantizer):
             fault = check_linear(packed) or check_range(packed, model.dtype)
             if fault:
                 raise FormatError(fault_line(self._files, name, fault))
-            prepare(packed, model.dtype)
         for parameter in model.parameters():
             # Tensors that Transformers merges while loading keep the stored type.
             if parameter.dtype == self.schema.torch_dtype:
                 parameter.data = parameter.data.to(model.dtype)
+        for name in self.schema.linears:
+            linear = model.get_submodule(name)
+            prepare(linear.packed, model.dtype, linear.bias)
         return model
 
     def _dequantize(

@@ -90,8 +90,13 @@ def multiply(
     return out if bias is None else out + bias
 
 
-def warm_up(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> None:
-    """Compile the kernels for weights like these, so that no request waits for it."""
+def warm_up(
+    linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype, bias: Tensor | None
+) -> None:
+    """Compile the kernels for weights like these, so that no request waits for it.
+
+    With a bias they are the same as without.
+    """
     weight = _weight(linear)
     if _rounds(x_dtype, weight):
         warm_up_int8(weight, x_dtype)

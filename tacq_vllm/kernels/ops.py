@@ -38,8 +38,8 @@ class Kernels(Protocol):
     def multiply(self, x: Tensor, linear: Any, bias: Tensor | None) -> Tensor:
         """Multiply x [..., in] with the weight: [..., out], in the type of x."""
 
-    def warm_up(self, linear: Any, x_dtype: torch.dtype) -> None:
-        """Compile what weights like these and x of a type need."""
+    def warm_up(self, linear: Any, x_dtype: torch.dtype, bias: Tensor | None) -> None:
+        """Compile what weights like these, x of a type and a bias or none need."""
 
 
 _LIBRARY = torch.library.Library("tacq", "DEF")
@@ -221,11 +221,13 @@ def arrange(packed: StoredLinear, x_dtype: torch.dtype) -> StoredLinear | TiledL
     return arranged
 
 
-def prepare(packed: StoredLinear | TiledLinear, x_dtype: torch.dtype) -> None:
+def prepare(
+    packed: StoredLinear | TiledLinear, x_dtype: torch.dtype, bias: Tensor | None
+) -> None:
     """Compile, at load, the kernels that a linear will use for x of a type."""
     kernels = _kernels_for(packed, x_dtype)
     if kernels is not None:
-        kernels.warm_up(packed, x_dtype)
+        kernels.warm_up(packed, x_dtype, bias)
 
 
 def kernel_name(packed: StoredLinear | TiledLinear, x_dtype: torch.dtype) -> str:

@@ -57,7 +57,7 @@ def multiply(x: Tensor, linear: Linear, bias: Tensor | None) -> Tensor:
     return out.view(*x.shape[:-1], linear.out_features)
 
 
-def warm_up(linear: Linear, x_dtype: torch.dtype) -> None:
+def warm_up(linear: Linear, x_dtype: torch.dtype, bias: Tensor | None) -> None:
     """Compile the kernels for weights like these, so that no request waits for it."""
     if isinstance(linear, ClusteredLinear):
         counts = CLUSTERS_TOKEN_COUNTS
@@ -67,4 +67,4 @@ def warm_up(linear: Linear, x_dtype: torch.dtype) -> None:
         counts = planes_token_counts(TUNING)
     for tokens in counts:
         x = linear.qweight.new_zeros(tokens, linear.in_features, dtype=x_dtype)
-        multiply(x, linear, None)
+        multiply(x, linear, bias)

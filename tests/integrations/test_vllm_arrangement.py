@@ -23,7 +23,7 @@ def test_weights_may_be_held_in_another_order(monkeypatch, bits):
         return tile(packed)
 
     monkeypatch.setattr(linear_method, "arrange", arrange)
-    monkeypatch.setattr(linear_method, "prepare", lambda linear, x_dtype: None)
+    monkeypatch.setattr(linear_method, "prepare", lambda *arguments: None)
     monkeypatch.setattr(summary, "kernel_name", lambda linear, x_dtype: "triton")
     config, packed, _ = stored_linears(
         {"mlp.gate_proj": (128, 512), "mlp.up_proj": (128, 512)}, bits, 64

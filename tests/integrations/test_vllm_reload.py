@@ -77,5 +77,5 @@ def test_a_reload_that_takes_other_memory(monkeypatch):
         return replace(stored, outliers=stored.outliers.repeat(2))
 
     monkeypatch.setattr(linear_method, "arrange", arrange)
-    with pytest.raises(Exception, match="they take other memory than those"):
+    with pytest.raises(Exception, match="take other memory than those"):
         reload(layer, packed)

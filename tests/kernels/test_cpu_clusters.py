@@ -258,4 +258,4 @@ def test_the_name_of_the_kernel() -> None:
 def test_warm_up(x_dtype: torch.dtype) -> None:
     linear, _ = random_clustered(4, 100, -1, 0.0, torch.bfloat16, 9)
 
-    kernel.warm_up(linear, x_dtype)
+    kernel.warm_up(linear, x_dtype, None)

@@ -202,7 +202,7 @@ def test_no_call_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch, dot: str) -
         return None, TokenLanes(torch.bfloat16, 4, 64, 4)
 
     monkeypatch.setattr(cpu_int8, "_kernel", make)
-    kernel.warm_up(packed, torch.bfloat16)
+    kernel.warm_up(packed, torch.bfloat16, None)
     warm = set(needed)
 
     for tokens in range(1, 20):

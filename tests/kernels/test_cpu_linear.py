@@ -158,7 +158,7 @@ def test_no_call_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_exact_linear", "_exact_dequantize"):
         monkeypatch.setattr(kernel, name, lambda *key: needed.add(key))
     monkeypatch.setattr(kernel, "_run_exact", lambda *arguments: None)
-    kernel.warm_up(packed, torch.float32)
+    kernel.warm_up(packed, torch.float32, None)
     warm = set(needed)
 
     for tokens in range(1, MAX_FUSED_TOKENS + 3):

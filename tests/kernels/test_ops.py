@@ -49,7 +49,7 @@ def test_without_numba_the_reference_serves(
     out = quantized_linear(x, packed, packed.layout, None)
 
     assert torch.equal(out, linear_forward(x, packed, None))
-    prepare(packed, torch.float32)
+    prepare(packed, torch.float32, None)
 
 
 def test_the_name_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

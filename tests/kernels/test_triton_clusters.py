@@ -114,7 +114,7 @@ def test_the_table_has_every_cluster() -> None:
 def test_warm_up() -> None:
     linear, _ = random_clustered(32, 64, -1, 0.01, torch.bfloat16, 8)
 
-    kernel.warm_up(to_device(linear), torch.bfloat16)
+    kernel.warm_up(to_device(linear), torch.bfloat16, None)
 
 
 def test_what_is_not_served() -> None:

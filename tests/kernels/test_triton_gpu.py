@@ -55,7 +55,7 @@ def test_bits_are_the_same_from_run_to_run(tokens: int) -> None:
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_runs_in_a_cuda_graph(tokens: int) -> None:
     packed = arrange(linear_on_gpu(3, 4096, 4096, 64), torch.bfloat16)
-    prepare(packed, torch.bfloat16)
+    prepare(packed, torch.bfloat16, None)
     x = torch.zeros(tokens, 4096, dtype=torch.bfloat16, device="cuda")
     quantized_linear(x, packed, packed.layout, None)
     graph = torch.cuda.CUDAGraph()

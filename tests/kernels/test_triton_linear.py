@@ -162,7 +162,7 @@ def test_a_kept_weight_is_exact(bits: int) -> None:
 def test_warm_up() -> None:
     packed, _ = random_linear(2, 32, 64, 32, 0.01, torch.bfloat16, 8)
 
-    kernel.warm_up(to_device(packed), torch.bfloat16)
+    kernel.warm_up(to_device(packed), torch.bfloat16, None)
 
 
 def test_what_is_not_served() -> None:

@@ -246,6 +246,6 @@ def test_what_is_arranged() -> None:
     assert isinstance(kernel.arrange(packed, torch.bfloat16), TiledLinear)
     assert kernel.arrange(packed, torch.float32) is packed
     assert not kernel.supports(tile(packed), torch.float32)
-    kernel.warm_up(tile(to_device(packed)), torch.bfloat16)
+    kernel.warm_up(tile(to_device(packed)), torch.bfloat16, None)
     if DEVICE.type == "cpu":
         assert arrange(packed, torch.bfloat16) is packed

@@ -44,16 +44,22 @@ class Launcher:
     ],
     ids=["planes", "tiles", "clusters"],
 )
-def test_every_number_of_tokens(monkeypatch: pytest.MonkeyPatch, linear) -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_every_number_of_tokens(
+    monkeypatch: pytest.MonkeyPatch, linear, has_bias: bool
+) -> None:
     compiled: set[tuple[object, ...]] = set()
     for module, names in KERNELS.items():
         for name in names:
             monkeypatch.setattr(module, name, Launcher(name, compiled))
-    kernel.warm_up(linear, torch.bfloat16)
+    bias = None
+    if has_bias:
+        bias = torch.zeros(linear.out_features, dtype=torch.bfloat16)
+    kernel.warm_up(linear, torch.bfloat16, bias)
     warm = set(compiled)
 
     for tokens in range(1, 200):
         x = torch.zeros(tokens, linear.in_features, dtype=torch.bfloat16)
-        kernel.multiply(x, linear, None)
+        kernel.multiply(x, linear, bias)
 
     assert compiled == warm

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     QKVParallelLinear,
     ReplicatedLinear,
+    RowParallelLinear,
     register_weight_loader_v2_supported_method,
 )
 
@@ -148,7 +149,7 @@ class TacqLinearMethod(LinearMethodBase):
             for name, tensor in arranged.tensors().items():
                 layer.register_parameter(name, Parameter(tensor, requires_grad=False))
             self.arranged_layout = arranged.layout
-        prepare(arranged, self.x_dtype)
+        prepare(arranged, self.x_dtype, _added_bias(layer))
         self.summary.add_linear(arranged, self.x_dtype)
 
     def apply(
@@ -254,6 +255,14 @@ class TacqLinearMethod(LinearMethodBase):
                     f"{', '.join(self.names)}: {missing} of {self.num_parts} parts of "
                     f"{name} are missing from the checkpoint"
                 )
+
+
+def _added_bias(layer: torch.nn.Module) -> Tensor | None:
+    """The bias that a layer hands to `apply`; where columns are cut one rank does."""
+    leaves_it = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+    bias = None if layer.skip_bias_add or leaves_it else layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
 
 
 def _parts(
