@@ -74,11 +74,8 @@ class LogListener:
         """Print the step."""
         self._done += steps
         left = (perf_counter() - self._start) / self._done * (self._total - self._done)
-        err.print(
-            f"{name} {self._done}/{self._total}  {detail}  {left:.0f} s left",
-            highlight=False,
-            markup=False,
-        )
+        parts = (f"{name} {self._done}/{self._total}", detail, f"{left:.0f} s left")
+        err.print("  ".join(filter(None, parts)), highlight=False, markup=False)
 
     def phase_finished(self, name: str, seconds: float) -> None:
         """Print how long the phase took."""

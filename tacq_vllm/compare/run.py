@@ -1,5 +1,6 @@
 """Quantizes and measures every model of a matrix; what is finished is not repeated."""
 
+import os
 import platform
 import resource
 import time
@@ -36,7 +37,7 @@ MODELS_FOLDER = "models"
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds something other than a comparison.
+    """Refuse a folder that holds something other than a comparison, or cannot be one.
 
     Raises:
         EvaluateError: saying so.
@@ -47,6 +48,11 @@ def check_folder(folder: Path) -> None:
     if names and not names & {ROWS_FOLDER, WORK_FOLDER}:
         raise EvaluateError(
             f"{folder}: not empty, and no comparison; choose another --output"
+        )
+    above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise EvaluateError(
+            f"{folder}: nothing can be written there; choose another --output"
         )
 
 

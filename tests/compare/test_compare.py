@@ -177,6 +177,16 @@ def test_a_folder_of_something_else(
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_folder_that_cannot_be_made(
+    tiny_model: Path, root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+
+    result = compare(tiny_model, tmp_path / "notes.txt" / "out", root)
+
+    assert_one_line(result, "out: nothing can be written there; choose another")
+
+
 def test_a_source_that_cannot_be_read_is_refused_at_once(
     tiny_model: Path, root: Path, tmp_path: Path
 ) -> None:
