@@ -21,7 +21,7 @@ from tacq_vllm.evaluate.samples import SampleLog
 from tacq_vllm.evaluate.tasks import Measure, Protocol
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.plot import plot_outliers
-from tacq_vllm.format.staging import passing_folder
+from tacq_vllm.format.staging import nearest_existing, passing_folder
 from tacq_vllm.quantize.calibration import check_sources
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.passes import check_linears
@@ -49,7 +49,7 @@ def check_folder(folder: Path) -> None:
         raise EvaluateError(
             f"{folder}: not empty, and no comparison; choose another --output"
         )
-    above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    above = nearest_existing(folder)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise EvaluateError(
             f"{folder}: nothing can be written there; choose another --output"

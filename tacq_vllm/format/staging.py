@@ -9,6 +9,11 @@ from pathlib import Path
 _PARTIAL = ".partial"
 
 
+def nearest_existing(path: Path) -> Path:
+    """A path itself, or the nearest one above it that is there."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
     """A name beside `final`, renamed to it when the body has written a file there."""

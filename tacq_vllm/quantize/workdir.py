@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tacq_vllm.format.staging import staged_file
+from tacq_vllm.format.staging import nearest_existing, staged_file
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.world import World
 
@@ -177,7 +177,7 @@ def check_output(output: Path, work_dir: Path | None = None) -> None:
         raise QuantizeError(f"{output}: --work-dir lies in it; choose one elsewhere")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise QuantizeError(f"{output}: exists already; choose another --output")
-    above = next(path for path in output.absolute().parents if path.exists())
+    above = nearest_existing(output)
     if not above.is_dir():
         raise QuantizeError(f"{output}: {above} is a file; choose another --output")
     fixed = (
