@@ -40,6 +40,22 @@ class Outliers:
         return torch.repeat_interleave(counts)
 
 
+def outliers_of_rows(
+    rows: Tensor, columns: Tensor, values: Tensor, out_features: int
+) -> Outliers:
+    """The table of kept weights that are given in row order.
+
+    Args:
+        rows: int64 [nnz], ascending.
+        columns: integers [nnz], ascending in a row.
+        values: float16 or bfloat16 [nnz].
+        out_features: rows of the weight.
+    """
+    counts = torch.bincount(rows, minlength=out_features)
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
+    return Outliers(offsets, columns.to(torch.int32), values)
+
+
 def select_outliers(values: Tensor, mask: Tensor) -> Outliers:
     """Take the weights at `mask` out of `values`.
 
@@ -48,7 +64,7 @@ def select_outliers(values: Tensor, mask: Tensor) -> Outliers:
         mask: bool [out, in].
     """
     rows, columns = mask.nonzero(as_tuple=True)
-    return _from_rows(rows, columns, values[rows, columns], mask.shape[0])
+    return outliers_of_rows(rows, columns, values[rows, columns], mask.shape[0])
 
 
 def encode_outliers(outliers: Outliers) -> Tensor:
@@ -83,7 +99,7 @@ def slice_outlier_rows(outliers: Outliers, start: int, stop: int) -> Outliers:
 def slice_outlier_columns(outliers: Outliers, start: int, stop: int) -> Outliers:
     """Keep columns [start, stop), renumbered from 0: a cut of a row-parallel linear."""
     kept = (outliers.columns >= start) & (outliers.columns < stop)
-    return _from_rows(
+    return outliers_of_rows(
         outliers.rows[kept],
         outliers.columns[kept] - start,
         outliers.values[kept],
@@ -142,11 +158,3 @@ def check_outliers(
     if float(outliers.values.abs().max()) >= MAX_WEIGHT:
         return "a kept value is too large to be a weight"
     return None
-
-
-def _from_rows(
-    rows: Tensor, columns: Tensor, values: Tensor, out_features: int
-) -> Outliers:
-    counts = torch.bincount(rows, minlength=out_features)
-    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
-    return Outliers(offsets, columns.to(torch.int32), values)

@@ -16,6 +16,7 @@ PyTorch's product.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,7 +52,10 @@ def supports(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> bo
     """Whether the kernels multiply weights like these with x of a type."""
     return (
         x_dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and (isinstance(linear, ClusteredLinear) or linear.in_features % 32 == 0)
+        and (
+            isinstance(linear, ClusteredLinear)
+            or (isinstance(linear, PackedLinear) and linear.in_features % 32 == 0)
+        )
         and all(map(Tensor.is_contiguous, linear.tensors().values()))
     )
 
@@ -90,6 +94,17 @@ def multiply(
     return out if bias is None else out + bias
 
 
+def backward(grad: Tensor, linear: PackedLinear | ClusteredLinear) -> Tensor:
+    """The gradient of x for that of the product, [..., out]: [..., in], exact."""
+    weight = _weight(linear)
+    rows = grad.reshape(-1, linear.out_features).to(torch.float32)
+    total = rows.new_zeros(rows.shape[0], weight.kind.columns)
+    for start, stop, block in _blocks(weight):
+        total.addmm_(rows[:, start:stop], block)
+    out = total[:, : linear.in_features].to(grad.dtype)
+    return out.reshape(*grad.shape[:-1], linear.in_features)
+
+
 def warm_up(
     linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype, bias: Tensor | None
 ) -> None:
@@ -124,26 +139,35 @@ def _fused(x: Tensor, weight: CpuWeight) -> Tensor:
 
 def _blocked(x: Tensor, weight: CpuWeight) -> Tensor:
     """The exact product, for many tokens: float32 [tokens, out]."""
+    out = torch.empty(x.shape[0], weight.kind.out_features)
+    for start, stop, block in _blocks(weight):
+        out[:, start:stop] = dense_linear(x, block)
+    return out
+
+
+def _blocks(weight: CpuWeight) -> Iterator[tuple[int, int, Tensor]]:
+    """Blocks of rows: the first, the one after the last, and their weight.
+
+    That is float32 [rows, columns], in the same memory for all.
+    """
     kind = weight.kind
     rows = max(1, BLOCK_WEIGHTS // kind.columns)
-    out = torch.empty(x.shape[0], kind.out_features)
     block = torch.empty(rows, kind.columns)
     kernel = _exact_dequantize(kind.rows)
     for start in range(0, kind.out_features, rows):
         stop = min(start + rows, kind.out_features)
-        _run_exact(kernel, weight, x, block, start, stop)
-        out[:, start:stop] = dense_linear(x, block[: stop - start])
-    return out
+        _run_exact(kernel, weight, None, block, start, stop)
+        yield start, stop, block[: stop - start]
 
 
 def _run_exact(
-    kernel: Any, weight: CpuWeight, x: Tensor, out: Tensor, start: int, stop: int
+    kernel: Any, weight: CpuWeight, x: Tensor | None, out: Tensor, start: int, stop: int
 ) -> None:
     """Run an exact kernel on rows [start, stop)."""
     kind = weight.kind
     get_openmp().run(
         kernel,
-        x.data_ptr(),
+        0 if x is None else x.data_ptr(),
         out.data_ptr(),
         kind.out_features,
         kind.columns,

@@ -20,7 +20,7 @@ from tacq_vllm.format.clustered import ClusteredLayout, ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear, PlanesLayout
 from tacq_vllm.format.stored import Layout, StoredLinear
 from tacq_vllm.kernels.reference import linear_backward, linear_forward
-from tacq_vllm.kernels.tiles import TiledLayout, TiledLinear
+from tacq_vllm.kernels.tiles import TiledLayout, TiledLinear, untile
 
 
 class Kernels(Protocol):
@@ -38,6 +38,9 @@ class Kernels(Protocol):
     def multiply(self, x: Tensor, linear: Any, bias: Tensor | None) -> Tensor:
         """Multiply x [..., in] with the weight: [..., out], in the type of x."""
 
+    def backward(self, grad: Tensor, linear: Any) -> Tensor:
+        """The gradient of x for that of the product, [..., out]: [..., in]."""
+
     def warm_up(self, linear: Any, x_dtype: torch.dtype, bias: Tensor | None) -> None:
         """Compile what weights like these, x of a type and a bias or none need."""
 
@@ -51,7 +54,10 @@ def _empty_product(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
 
 
 def _register(
-    name: str, tensors: str, numbers: str, linear: Callable[..., StoredLinear]
+    name: str,
+    tensors: str,
+    numbers: str,
+    linear: Callable[..., StoredLinear | TiledLinear],
 ) -> None:
     """Register the op of a layout, and the op that computes the gradient of x.
 
@@ -69,15 +75,21 @@ def _register(
     backward_name = f"{name}_backward"
 
     def forward(x: Tensor, *rest: Any) -> Tensor:
-        *stored, bias = rest[:bias_at]
-        packed = linear(*stored, *rest[bias_at:], x.shape[-1])
+        if not x.numel():
+            return _empty_product(x, *rest)
+        *tensors, bias = rest[:bias_at]
+        weight = linear(*tensors, *rest[bias_at:], x.shape[-1])
         kernels = _kernels(x.device.type)
-        if kernels is not None and x.numel() and kernels.supports(packed, x.dtype):
-            return kernels.multiply(x, packed, bias)
-        return linear_forward(x, packed, bias)
+        if kernels is not None and kernels.supports(weight, x.dtype):
+            return kernels.multiply(x, weight, bias)
+        return linear_forward(x, as_stored(weight), bias)
 
     def backward(grad: Tensor, *rest: Any) -> Tensor:
-        return linear_backward(grad, linear(*rest))
+        weight = linear(*rest)
+        kernels = _kernels(grad.device.type)
+        if kernels is not None and kernels.supports(weight, grad.dtype):
+            return kernels.backward(grad, weight)
+        return linear_backward(grad, as_stored(weight))
 
     def fake_backward(grad: Tensor, *rest: Any) -> Tensor:
         return grad.new_empty(*grad.shape[:-1], rest[-1])
@@ -129,31 +141,14 @@ _register(
 )
 
 
-def _register_tiled() -> None:
-    """Register the op of weights that `arrange` has dealt out; it has no gradient."""
-    make: Callable[..., TiledLinear] = TiledLinear
-
-    def forward(x: Tensor, *rest: Any) -> Tensor:
-        *tensors, bias, bits, dtype = rest
-        if not x.numel():
-            return _empty_product(x, *rest)
-        linear = make(*tensors, bits, x.shape[-1], dtype)
-        kernels = _kernels_for(linear, x.dtype)
-        assert kernels is not None
-        return kernels.multiply(x, linear, bias)
-
-    _LIBRARY.define(
-        "tiled_linear(Tensor x, Tensor qweight, Tensor? qweight_high, Tensor grid, "
-        "Tensor segment_starts, Tensor segment_columns, Tensor segments, "
-        "Tensor job_starts, Tensor job_blocks, Tensor counters, Tensor? bias, "
-        "int bits, ScalarType dtype) -> Tensor",
-        tags=torch.Tag.needs_fixed_stride_order,
-    )
-    _LIBRARY.impl("tiled_linear", forward, "CUDA")
-    torch.library.register_fake("tacq::tiled_linear", _empty_product, lib=_LIBRARY)
-
-
-_register_tiled()
+_register(
+    "tiled_linear",
+    "Tensor qweight, Tensor? qweight_high, Tensor grid, Tensor segment_starts, "
+    "Tensor segment_columns, Tensor segments, Tensor job_starts, Tensor job_blocks, "
+    "Tensor counters",
+    ", int bits, ScalarType dtype",
+    TiledLinear,
+)
 
 
 def quantized_linear(
@@ -206,6 +201,14 @@ def quantized_linear(
         layout.bits,
     )
     return out
+
+
+def as_stored(linear: StoredLinear | TiledLinear) -> StoredLinear:
+    """The weight as a checkpoint stores it; `arrange` may have changed its order.
+
+    Clusters that were arranged come back as codes of 3 bits.
+    """
+    return untile(linear) if isinstance(linear, TiledLinear) else linear
 
 
 def arrange(packed: StoredLinear, x_dtype: torch.dtype) -> StoredLinear | TiledLinear:

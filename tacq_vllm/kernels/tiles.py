@@ -14,6 +14,7 @@ very many, what is over is the work of other programs. Clusters become codes of 
 which all of theirs are.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,14 @@ from torch.nn.functional import pad
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.clusters import WIDE
 from tacq_vllm.format.linear import PackedLinear
+from tacq_vllm.format.outliers import Outliers, encode_outliers, outliers_of_rows
 from tacq_vllm.format.packing import (
     PLANE_WIDTHS,
     WORD_BITS,
+    pack_codes,
     pack_plane,
     unpack_codes,
+    unpack_plane,
 )
 
 BLOCK_WORDS = 32
@@ -58,6 +62,18 @@ class TiledLayout:
     dtype: torch.dtype
     """Of scales and kept weights."""
 
+    def linear(self, tensors: Mapping[str, Tensor], in_features: int) -> "TiledLinear":
+        """Invert `TiledLinear.tensors`."""
+        others = dict(tensors)
+        high = others.pop("qweight_high", None)
+        return TiledLinear(
+            **others,
+            qweight_high=high,
+            bits=self.bits,
+            dtype=self.dtype,
+            in_features=in_features,
+        )
+
 
 @dataclass(frozen=True)
 class TiledLinear:
@@ -87,9 +103,9 @@ class TiledLinear:
     They are zero between kernels; a weight is multiplied by one stream at a time.
     """
     bits: int
-    in_features: int
     dtype: torch.dtype
     """Of scales and kept weights."""
+    in_features: int
 
     @property
     def layout(self) -> TiledLayout:
@@ -100,6 +116,12 @@ class TiledLinear:
     def out_features(self) -> int:
         """Rows of the weight."""
         return self.qweight.shape[0]
+
+    @property
+    def planes(self) -> tuple[Tensor, ...]:
+        """The planes of the codes, lowest bits first: int32 [out, words] each."""
+        high = self.qweight_high
+        return (self.qweight,) if high is None else (self.qweight, high)
 
     @property
     def blocks(self) -> int:
@@ -158,8 +180,32 @@ def tile(linear: PackedLinear | ClusteredLinear) -> TiledLinear:
         job_blocks=job_blocks,
         counters=starts.new_zeros(row_blocks, TOKEN_BLOCKS),
         bits=_code_bits(linear),
-        in_features=linear.in_features,
         dtype=linear.scales.dtype,
+        in_features=linear.in_features,
+    )
+
+
+def untile(tiled: TiledLinear) -> PackedLinear:
+    """Invert `tile`; of clusters it gives the codes of 3 bits that they became."""
+    parts = [
+        _untile_rows(tiled, start, min(start + _ROWS_AT_A_TIME, tiled.out_features))
+        for start in range(0, tiled.out_features, _ROWS_AT_A_TIME)
+    ]
+    planes = [torch.cat(plane) for plane in zip(*parts, strict=True)]
+    size = tiled.group_size
+    groups = tiled.in_features // size if size else 1
+    words = tiled.grid.transpose(1, 2).reshape(-1, tiled.grid.shape[1])
+    words = words[: tiled.out_features, :groups]
+    zeros = pack_codes(words & (1 << tiled.bits) - 1, tiled.bits, dim=0)
+    return PackedLinear(
+        qweight=planes[0],
+        qweight_high=planes[1] if len(planes) > 1 else None,
+        scales=(words >> 16).to(torch.int16).view(tiled.dtype).contiguous(),
+        qzeros=zeros[0],
+        qzeros_high=zeros[1] if len(zeros) > 1 else None,
+        outliers=encode_outliers(_collect_kept(tiled)),
+        bits=tiled.bits,
+        in_features=tiled.in_features,
     )
 
 
@@ -199,6 +245,22 @@ def _tile_rows(
         tiled.append(pack_plane(dealt, width))
         shift += width
     return tiled
+
+
+def _untile_rows(tiled: TiledLinear, start: int, stop: int) -> tuple[Tensor, ...]:
+    """The planes of some rows as they are stored."""
+    columns = tiled.blocks * block_columns(tiled.bits)
+    codes = tiled.qweight.new_zeros(stop - start, tiled.in_features, dtype=torch.uint8)
+    shift = 0
+    for plane, width in zip(tiled.planes, PLANE_WIDTHS[tiled.bits], strict=True):
+        fields = WORD_BITS // width // 2
+        words = block_columns(tiled.bits) // (2 * fields)
+        dealt = unpack_plane(plane[start:stop], width, columns)
+        blocks = dealt.view(stop - start, -1, words, 2, fields)
+        values = blocks.permute(0, 1, 4, 2, 3).reshape(stop - start, columns)
+        codes |= values[:, : tiled.in_features] << shift
+        shift += width
+    return pack_codes(codes, tiled.bits)
 
 
 def _tile_grid(linear: PackedLinear | ClusteredLinear, row_blocks: int) -> Tensor:
@@ -244,6 +306,24 @@ def _fill_segments(
     first_columns = first_columns.repeat(row_blocks).repeat_interleave(needed)
     block_starts = torch.cat((ends.new_zeros(1), ends[panels - 1 :: panels]))
     return block_starts.to(torch.int32), first_columns.to(torch.int32), segments
+
+
+def _collect_kept(tiled: TiledLinear) -> Outliers:
+    """The kept weights of all segments, row by row."""
+    words = tiled.segments
+    blocks = torch.arange(tiled.grid.shape[0], device=words.device)
+    blocks = blocks.repeat_interleave(tiled.segment_starts.diff())[:, None]
+    # What is left over is at a segment's end. A value of 0 in the first row and column
+    # looks like it, but is at a segment's beginning.
+    is_kept = words != 0
+    is_kept[:, 0] = True
+    rows = (blocks * ROWS + (words & 0xF))[is_kept]
+    columns = (tiled.segment_columns[:, None] + ((words & 0xFFFF) >> 4))[is_kept]
+    order = (rows * tiled.in_features + columns).argsort()
+    values = (words[is_kept] >> 16).to(torch.int16).view(tiled.dtype)
+    return outliers_of_rows(
+        rows[order], columns[order], values[order], tiled.out_features
+    )
 
 
 def _share_out(starts: Tensor) -> tuple[Tensor, Tensor]:

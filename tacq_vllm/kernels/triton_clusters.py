@@ -6,6 +6,7 @@
 | more | `triton_cluster_dequantize` into a workspace, then PyTorch's product |
 """
 
+import torch
 import triton
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from tacq_vllm.format.clusters import BLOCK_WORDS
 from tacq_vllm.kernels.triton_cluster_codes import HALF, code_table
 from tacq_vllm.kernels.triton_cluster_dequantize import cluster_dequantize_kernel
 from tacq_vllm.kernels.triton_cluster_gemv import cluster_gemv_kernel
-from tacq_vllm.kernels.triton_dense import dense_product
+from tacq_vllm.kernels.triton_dense import DenseParts, dense_product
 from tacq_vllm.kernels.triton_tuning import Tuning
 
 MAX_GEMV_TOKENS = 8
@@ -29,7 +30,33 @@ def clusters_product(
     """Multiply x [tokens, in], contiguous, with the weight: [tokens, out]."""
     if x.shape[0] <= MAX_GEMV_TOKENS:
         return _gemv(x, linear, bias, tuning)
-    return _dense(x, linear, bias, tuning)
+    return dense_product(x, clusters_dense(linear, x.dtype, tuning), bias)
+
+
+def clusters_dense(
+    linear: ClusteredLinear, dtype: torch.dtype, tuning: Tuning
+) -> DenseParts:
+    """The weight, dequantized to a type in parts."""
+    tile = tuning.clusters_dequantize
+
+    def dequantize(start: int, stop: int) -> Tensor:
+        shape = stop - start, linear.in_features
+        out = linear.qweight.new_empty(shape, dtype=dtype)
+        cluster_dequantize_kernel[triton.cdiv(stop - start, tile.rows),](
+            *_tensors(linear),
+            out,
+            start,
+            stop,
+            *_sizes(linear),
+            ROWS=tile.rows,
+            HALVES=tile.columns // HALF,
+            ENTRIES=tile.entries,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return out
+
+    return DenseParts(linear.out_features, linear.in_features, tile.rows, dequantize)
 
 
 def _gemv(
@@ -53,30 +80,6 @@ def _gemv(
         num_stages=tile.stages,
     )
     return out
-
-
-def _dense(
-    x: Tensor, linear: ClusteredLinear, bias: Tensor | None, tuning: Tuning
-) -> Tensor:
-    tile = tuning.clusters_dequantize
-
-    def dequantize(start: int, stop: int) -> Tensor:
-        out = x.new_empty(stop - start, linear.in_features)
-        cluster_dequantize_kernel[triton.cdiv(stop - start, tile.rows),](
-            *_tensors(linear),
-            out,
-            start,
-            stop,
-            *_sizes(linear),
-            ROWS=tile.rows,
-            HALVES=tile.columns // HALF,
-            ENTRIES=tile.entries,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        return out
-
-    return dense_product(x, bias, linear.out_features, tile.rows, dequantize)
 
 
 def _tensors(linear: ClusteredLinear) -> tuple[Tensor, ...]:

@@ -16,9 +16,22 @@ from torch import Tensor
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels.tiles import TiledLinear, can_tile, tile
-from tacq_vllm.kernels.triton_clusters import CLUSTERS_TOKEN_COUNTS, clusters_product
-from tacq_vllm.kernels.triton_planes import planes_product, planes_token_counts
-from tacq_vllm.kernels.triton_tiles import tiles_product, tiles_token_counts
+from tacq_vllm.kernels.triton_clusters import (
+    CLUSTERS_TOKEN_COUNTS,
+    clusters_dense,
+    clusters_product,
+)
+from tacq_vllm.kernels.triton_dense import dense_backward
+from tacq_vllm.kernels.triton_planes import (
+    planes_dense,
+    planes_product,
+    planes_token_counts,
+)
+from tacq_vllm.kernels.triton_tiles import (
+    tiles_dense,
+    tiles_product,
+    tiles_token_counts,
+)
 from tacq_vllm.kernels.triton_tuning import TUNING
 
 Linear = PackedLinear | ClusteredLinear | TiledLinear
@@ -55,6 +68,20 @@ def multiply(x: Tensor, linear: Linear, bias: Tensor | None) -> Tensor:
         else:
             out = planes_product(tokens, linear, bias, TUNING)
     return out.view(*x.shape[:-1], linear.out_features)
+
+
+def backward(grad: Tensor, linear: Linear) -> Tensor:
+    """The gradient of x for that of the product, [..., out]: [..., in]."""
+    dtype = grad.dtype
+    if isinstance(linear, ClusteredLinear):
+        weight = clusters_dense(linear, dtype, TUNING)
+    elif isinstance(linear, TiledLinear):
+        weight = tiles_dense(linear, dtype, TUNING)
+    else:
+        weight = planes_dense(linear, dtype, TUNING)
+    with torch.cuda.device_of(grad):
+        out = dense_backward(grad.reshape(-1, linear.out_features), weight)
+    return out.view(*grad.shape[:-1], linear.in_features)
 
 
 def warm_up(linear: Linear, x_dtype: torch.dtype, bias: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS
-from tacq_vllm.kernels.triton_dense import dense_product
+from tacq_vllm.kernels.triton_dense import DenseParts, dense_product
 from tacq_vllm.kernels.triton_dequantize import dequantize_kernel
 from tacq_vllm.kernels.triton_gemm import gemm_kernel
 from tacq_vllm.kernels.triton_gemv import gemv_kernel
@@ -28,7 +28,20 @@ def planes_product(
         return _gemv(x, packed, bias, tuning)
     if x.shape[0] <= tuning.gemm_tokens:
         return _gemm(x, packed, bias, tuning)
-    return _dense(x, packed, bias, tuning)
+    return dense_product(x, planes_dense(packed, x.dtype, tuning), bias)
+
+
+def planes_dense(
+    packed: PackedLinear, dtype: torch.dtype, tuning: Tuning
+) -> DenseParts:
+    """The weight, dequantized to a type in parts."""
+
+    def dequantize(start: int, stop: int) -> Tensor:
+        return _dequantize(packed, dtype, start, stop, tuning)
+
+    return DenseParts(
+        packed.out_features, packed.in_features, tuning.dequantize.rows, dequantize
+    )
 
 
 def planes_token_counts(tuning: Tuning) -> tuple[int, ...]:
@@ -108,17 +121,6 @@ def _gemm(
         return out[0]
     total = out.sum(0)
     return (total if bias is None else total + bias).to(x.dtype)
-
-
-def _dense(
-    x: Tensor, packed: PackedLinear, bias: Tensor | None, tuning: Tuning
-) -> Tensor:
-    def dequantize(start: int, stop: int) -> Tensor:
-        return _dequantize(packed, x.dtype, start, stop, tuning)
-
-    return dense_product(
-        x, bias, packed.out_features, tuning.dequantize.rows, dequantize
-    )
 
 
 def _dequantize(

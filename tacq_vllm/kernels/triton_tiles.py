@@ -24,7 +24,7 @@ from tacq_vllm.kernels.tiles import (
     TiledLinear,
     block_columns,
 )
-from tacq_vllm.kernels.triton_dense import dense_product
+from tacq_vllm.kernels.triton_dense import DenseParts, dense_product
 from tacq_vllm.kernels.triton_tile_codes import offset_words
 from tacq_vllm.kernels.triton_tile_dequantize import (
     add_kept_kernel,
@@ -48,12 +48,17 @@ def tiles_product(
     """Multiply x [tokens, in], contiguous, 16 bits, with the weight: [tokens, out]."""
     if x.shape[0] <= _gemm_tokens(tuning):
         return _gemm(x, tiled, bias, tuning)
+    return dense_product(x, tiles_dense(tiled, x.dtype, tuning), bias)
+
+
+def tiles_dense(tiled: TiledLinear, dtype: torch.dtype, tuning: Tuning) -> DenseParts:
+    """The weight, dequantized to a 16-bit type in parts."""
 
     def dequantize(start: int, stop: int) -> Tensor:
-        return _dequantize(tiled, x.dtype, start, stop, tuning)
+        return _dequantize(tiled, dtype, start, stop, tuning)
 
     rows = tuning.tiled_dequantize.rows
-    return dense_product(x, bias, tiled.out_features, rows, dequantize)
+    return DenseParts(tiled.out_features, tiled.in_features, rows, dequantize)
 
 
 def tiles_token_counts(tuning: Tuning) -> tuple[int, ...]:

@@ -34,7 +34,7 @@ from tacq_vllm.kernels.cpu_int8 import (
     int8_name,
     int8_supports,
 )
-from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, multiply
+from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, backward, multiply
 
 DOTS = available_dots()
 BEST = DOTS[0]
@@ -86,6 +86,8 @@ def test_any_shape_is_exact(
         out = multiply(x, linear, bias)
 
     assert_is_product(out, x, dense, bias)
+    grad = random_input(tokens, out_features, dtype=x_dtype)
+    assert_is_product(backward(grad, linear), grad, dense.T)
 
 
 @given(

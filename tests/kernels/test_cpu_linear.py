@@ -14,7 +14,12 @@ if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
 from tacq_vllm.kernels import cpu_linear as kernel
-from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, multiply, supports
+from tacq_vllm.kernels.cpu_linear import (
+    MAX_FUSED_TOKENS,
+    backward,
+    multiply,
+    supports,
+)
 
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 BITS = [2, 3, 4]
@@ -60,6 +65,8 @@ def test_any_shape(
     assert supports(packed, x.dtype)
 
     assert_is_product(multiply(x, packed, bias), x, dense, bias)
+    grad = random_input(tokens, out_features, dtype=x_dtype)
+    assert_is_product(backward(grad, packed), grad, dense.T)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -108,6 +115,8 @@ def test_blocks_of_any_size(
     monkeypatch.setattr(kernel, "BLOCK_WEIGHTS", block_weights)
 
     assert_is_product(multiply(x, packed, None), x, dense)
+    grad = random_input(3, 50)
+    assert_is_product(backward(grad, packed), grad, dense.T)
 
 
 @pytest.mark.parametrize("bits", BITS)

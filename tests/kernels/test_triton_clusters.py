@@ -11,7 +11,7 @@ from tests.builders import assert_is_product, random_input
 from tests.clusters import random_clustered
 from tests.interpreter import DEVICE
 from tests.kernels.cases import uneven_outliers
-from tests.kernels.gpu import kernel, multiply, to_device
+from tests.kernels.gpu import backward, kernel, multiply, to_device
 
 cluster_codes = pytest.importorskip(
     "tacq_vllm.kernels.triton_cluster_codes", reason="needs Triton"
@@ -97,6 +97,16 @@ def test_a_weight_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> 
     out = multiply(x, linear, bias)
     assert_is_product(out, x, dense, bias)
     torch.testing.assert_close(out, whole)
+    grad = random_input(5, 70, dtype=torch.bfloat16)
+    assert_is_product(backward(grad, linear), grad, dense.T)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_gradients(x_dtype: torch.dtype) -> None:
+    linear, dense = random_clustered(70, 192, 96, 0.05, torch.bfloat16, 7)
+    grad = random_input(2, 3, 70, dtype=x_dtype)
+
+    assert_is_product(backward(grad, linear), grad, dense.T)
 
 
 def test_the_table_has_every_cluster() -> None:

@@ -15,7 +15,7 @@ from tacq_vllm.kernels.reference import dequantize
 from tests.builders import assert_is_product, random_input, random_linear
 from tests.cuts import slice_columns, slice_rows
 from tests.kernels.cases import uneven_outliers
-from tests.kernels.gpu import kernel, multiply, to_device
+from tests.kernels.gpu import backward, kernel, multiply, to_device
 
 BITS = [2, 3, 4]
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
@@ -140,6 +140,19 @@ def test_a_weight_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> 
     out = multiply(x, packed, bias)
     assert_is_product(out, x, dense, bias)
     torch.testing.assert_close(out, whole)
+    for x_dtype in X_DTYPES:
+        grad = random_input(5, 70, dtype=x_dtype)
+        assert_is_product(backward(grad, packed), grad, dense.T)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(70,), (5, 70), (2, 3, 70)])
+def test_gradients(bits: int, shape: tuple[int, ...]) -> None:
+    packed, dense = random_linear(bits, 70, 64, 16, 0.05, torch.bfloat16, 6)
+
+    for x_dtype in X_DTYPES:
+        grad = random_input(*shape, dtype=x_dtype)
+        assert_is_product(backward(grad, packed), grad, dense.T)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -18,7 +18,7 @@ from tests.builders import assert_is_product, random_input, random_linear
 from tests.clusters import random_clustered
 from tests.interpreter import DEVICE
 from tests.kernels.cases import some_outliers
-from tests.kernels.gpu import kernel, to_device
+from tests.kernels.gpu import backward, kernel, to_device
 
 BITS = [2, 3, 4]
 DTYPES = [torch.float16, torch.bfloat16]
@@ -131,6 +131,17 @@ def test_a_weight_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(triton_dense, "_WORKSPACE_WEIGHTS", 512 * 64)
 
     assert_is_product(multiply(x, packed), x, dense)
+    grad = random_input(5, 150, dtype=torch.bfloat16)
+    assert_is_product(backward(grad, tile(packed)), grad, dense.T)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("x_dtype", DTYPES)
+def test_gradients(bits: int, x_dtype: torch.dtype) -> None:
+    packed, dense = random_linear(bits, 70, 768, 64, 0.02, torch.bfloat16, 4)
+    grad = random_input(2, 3, 70, dtype=x_dtype)
+
+    assert_is_product(backward(grad, tile(packed)), grad, dense.T)
 
 
 @pytest.mark.parametrize("bits", BITS)
