@@ -60,7 +60,7 @@ class TransformersRunner:
         self.dtype = str(model.dtype).removeprefix("torch.")
         # Empty where nothing is packed.
         kernels = {
-            kernel_name(module.packed, model.dtype)
+            kernel_name(module.held, model.dtype)
             for module in model.modules()
             if isinstance(module, TacqLinear)
         }

@@ -117,7 +117,8 @@ class TacqQuantizer(HfQuantizer):
                 parameter.data = parameter.data.to(model.dtype)
         for name in self.schema.linears:
             linear = model.get_submodule(name)
-            prepare(linear.packed, model.dtype, linear.bias)
+            linear.arrange(model.dtype)
+            prepare(linear.held, model.dtype, linear.bias)
         return model
 
     def _dequantize(
