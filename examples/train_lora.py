@@ -43,7 +43,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     lines = arguments.task.read_text(encoding="utf-8").splitlines()
     samples = [encode(json.loads(line), tokenizer) for line in lines]
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
+    # On many CPUs products in bfloat16, the stored type, are slow.
+    dtype = torch.float32
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=dtype)
     config = LoraConfig(
         r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
     )
