@@ -6,19 +6,21 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import normalize
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Glm4MoeConfig
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import tacq_vllm.integrations.transformers  # noqa: F401
-from tests.conftest import save_random
+from tacq_vllm.config import Recipe
+from tests.conftest import open_model, quick, run_pipeline, save_random
 from tests.integrations.asking import (
     Worker,
     adapted_tokens,
     make_prompts,
     transformers_tokens,
 )
-from tests.integrations.conftest import FAMILIES, FamilyCheckpoint
+from tests.integrations.conftest import FAMILIES, HEADS, FamilyCheckpoint
+from tests.integrations.heads import add_mtp_layer, save_eagle
 from tests.integrations.vllm_worker import NEW_TOKENS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -37,6 +39,10 @@ AT_WORK = {
     "n-gram speculation": "spec_decode_num_accepted_tokens",
 }
 """What vLLM counts where a feature does something."""
+
+WITH_MTP = Glm4MoeConfig(
+    **HEADS, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+)
 
 ON_A_GPU: dict[str, dict[str, Any]] = {
     "compilation and CUDA graphs": {"enforce_eager": False},
@@ -96,6 +102,39 @@ def test_a_16_bit_model_drafts(
     assert answer.tokens == expected
     drafted = answer.count("spec_decode_num_draft_tokens")
     assert 0 < answer.count("spec_decode_num_accepted_tokens") < drafted
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_a_head_drafts(
+    serve: Worker,
+    checkpoint: Path,
+    expected: list[list[int]],
+    tmp_path: Path,
+    method: str,
+) -> None:
+    head = save_eagle(method, tmp_path)
+    draft = {"method": method, "num_speculative_tokens": 2, "model": str(head)}
+
+    answer = serve(checkpoint, speculative_config=draft)
+
+    assert answer.tokens == expected
+    assert answer.count("spec_decode_num_draft_tokens") > 0
+
+
+def test_a_layer_of_the_model_drafts(
+    serve: Worker, tiny_recipe: Recipe, tmp_path: Path
+) -> None:
+    model = save_random(WITH_MTP, tmp_path / "model")
+    add_mtp_layer(model)
+    base = open_model(model, tmp_path / "work")
+    checkpoint = tmp_path / "checkpoint"
+    run_pipeline(base, quick(tiny_recipe), checkpoint, tmp_path / "work")
+    draft = {"method": "mtp", "num_speculative_tokens": 1}
+
+    answer = serve(checkpoint, speculative_config=draft)
+
+    assert answer.tokens == transformers_tokens(checkpoint)
+    assert answer.count("spec_decode_num_draft_tokens") > 0
 
 
 def test_dummy_weights(serve: Worker, checkpoint: Path) -> None:
