@@ -96,11 +96,17 @@ class WorkDir:
         self.folder = folder
 
     def phase(self, name: str, depends: Mapping[str, Any]) -> PhaseFolder:
-        """The folder of a phase that depends on these JSON values."""
+        """The folder of a phase that depends on these JSON values.
+
+        Several processes may open one that is there at the same time: it is only read.
+        """
         folder = self.folder / f"{name}-{fingerprint(depends)[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
-        with staged_file(folder / _DEPENDS_NAME) as path:
-            path.write_text(json.dumps(depends, indent=1) + "\n")
+        path = folder / _DEPENDS_NAME
+        content = (json.dumps(depends, indent=1) + "\n").encode()
+        if not path.is_file() or path.read_bytes() != content:
+            with staged_file(path) as staging:
+                staging.write_bytes(content)
         return PhaseFolder(folder)
 
     def differences(self, name: str, depends: Mapping[str, Any]) -> list[str]:

@@ -93,6 +93,16 @@ def test_a_phase_is_found_by_what_it_depends_on(work: WorkDir) -> None:
     assert WorkDir(work.folder).phase("gptq", depends).is_empty is False
 
 
+def test_a_phase_that_is_there_is_only_read(work: WorkDir) -> None:
+    """By several processes, each of which would stage the same file."""
+    path = work.phase("gptq", {"bits": 3}).folder / "depends.json"
+    before = path.stat().st_ino
+
+    work.phase("gptq", {"bits": 3})
+
+    assert path.stat().st_ino == before
+
+
 def test_fingerprints_do_not_depend_on_the_order_of_keys() -> None:
     first = fingerprint({"a": 1, "b": {"c": [1, 2], "d": None}})
 
