@@ -24,7 +24,8 @@ def open_files(
 
     Mostly they are the same. A GGUF file, and a model whose files name tensors
     otherwise than its modules do, is read whole, once, and stored anew in the work
-    folder.
+    folder. Another configuration or another version of Transformers, which reads them,
+    has it read again.
 
     Args:
         source: where the files lie.
@@ -34,6 +35,8 @@ def open_files(
     Raises:
         QuantizeError: a file or a tensor is missing, or is not what the model has.
     """
+    # The version of Transformers is in it.
+    config = skeleton.config.to_json_string(use_diff=False)
     if source.gguf:
         path = source.folder / source.gguf
         status = path.stat()
@@ -44,14 +47,15 @@ def open_files(
             "dtype": torch.float32,
             "quantization_config": GgufConfig(dequantize=True),
         }
-        converted = _convert(source, workdir, {"gguf": stamp}, arguments)
+        depends = {"gguf": stamp, "config": config}
+        converted = _convert(source, workdir, depends, arguments)
         return converted, converted
     published = open_weights(source.folder)
     tied = skeleton.all_tied_weights_keys
     names = [name for name, _ in skeleton.named_parameters() if name not in tied]
     if all(name in published for name in names):
         return published, published
-    depends = {"files": published.fingerprint()}
+    depends = {"files": published.fingerprint(), "config": config}
     return published, _convert(source, workdir, depends, {"dtype": "auto"})
 
 

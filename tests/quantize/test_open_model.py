@@ -13,7 +13,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from tacq_vllm.format.checkpoint import WEIGHTS_NAME
+from tacq_vllm.format.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from tacq_vllm.quantize.errors import QuantizeError
 from tests.builders import remove, rewrite_tensors, truncate
 from tests.conftest import (
@@ -76,6 +76,30 @@ def test_other_names_are_stored_once(mixtral: Path, work: Path) -> None:
     assert list(work.iterdir()) == [converted]
     assert {path: path.stat().st_mtime_ns for path in converted.iterdir()} == times
     assert again.fingerprint() == base.fingerprint()
+
+
+def test_another_configuration_has_other_names_read_again(
+    mixtral: Path, work: Path
+) -> None:
+    """Which tensors there are, and their type, depend on it."""
+    open_model(mixtral, work)
+    path = mixtral / CONFIG_NAME
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_hidden_layers": 2}))
+
+    with pytest.raises(QuantizeError, match="are missing"):
+        open_model(mixtral, work)
+
+
+def test_another_transformers_has_other_names_read_again(
+    mixtral: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_model(mixtral, work)
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "5.0.0")
+
+    open_model(mixtral, work)
+
+    assert len(list(work.iterdir())) == 2
 
 
 def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
