@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tacq_vllm.quantize.workdir import PhaseFolder
 
-_STATE, _BEST = "state", "best"
+_STATE = "state"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -86,9 +86,12 @@ class StateFolder:
         optimizer: torch.optim.Optimizer,
         history: History,
     ) -> None:
-        """Store where training stands; its best values too, if these are they."""
+        """Store where training stands; its best values too, if these are they.
+
+        Those that were the best before go when the stored history does not need them.
+        """
         if history.best == history.last:
-            self._folder.save(_BEST, trained)
+            self._folder.save(_best(history.last), trained)
         tensors = dict(trained)
         for name, parameter in trained.items():
             for moment in _MOMENTS:
@@ -100,6 +103,9 @@ class StateFolder:
             "finished": json.dumps(history.finished),
         }
         self._folder.save(_STATE, tensors, notes)
+        for record in history.looks:
+            if record != history.best:
+                self._folder.remove(_best(record))
 
     def load(
         self, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer
@@ -123,6 +129,10 @@ class StateFolder:
                 optimizer.state[parameter] = {"step": step, **moments}
         return history
 
-    def best(self) -> dict[str, Tensor]:
+    def best(self, history: History) -> dict[str, Tensor]:
         """The trained values with the least held-out loss, mapped from their file."""
-        return self._folder.load(_BEST)
+        return self._folder.load(_best(history.best))
+
+
+def _best(record: Record) -> str:
+    return f"best-{record.step:06d}"

@@ -110,7 +110,7 @@ class Trainer:
             progress.note(f"{PHASE}: goes on from step {history.last.step}")
         if not history.finished:
             history = self._steps(history, progress)
-        self._student.load_trained(self._folder.best())
+        self._student.load_trained(self._folder.best(history))
         progress.note(f"{PHASE}: {_outcome(history)}")
         return history
 

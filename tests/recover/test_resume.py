@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tacq_vllm.cli import app
+from tacq_vllm.quantize.workdir import PhaseFolder
 from tacq_vllm.recover.config import RecoverConfig
+from tacq_vllm.recover.state import History, Record, StateFolder
 from tests.conftest import Recorder, contents
 from tests.interruptions import interrupted_at_file
 from tests.recover.conftest import STEPS, Run, train
@@ -95,6 +98,27 @@ def test_other_choices_find_the_text_and_the_teacher(
         "calibration: taken from the work folder",
         "teacher: taken from the work folder",
     ]
+
+
+def test_values_are_the_best_when_the_state_says_so(phase_folder: PhaseFolder):
+    """A run that was killed between the two files may not come to them again."""
+    folder, value = StateFolder(phase_folder), torch.nn.Parameter(torch.zeros(2))
+    trained, optimizer = {"m": value}, torch.optim.Adam([value])
+    before = History((Record(0, 0.0, held_out=2.0),))
+    after = before.add(Record(2, 1.0, held_out=1.0))
+    folder.save(trained, optimizer, before)
+    value.data.fill_(1.0)
+    with interrupted_at_file(2):
+        folder.save(trained, optimizer, after)
+
+    found = folder.load(trained, optimizer)
+    assert found.last.step == 0
+    assert torch.equal(folder.best(found)["m"], torch.zeros(2))
+    value.data.fill_(1.0)
+    folder.save(trained, optimizer, after)
+    found = folder.load(trained, optimizer)
+    assert torch.equal(folder.best(found)["m"], torch.ones(2))
+    assert len(list(phase_folder.folder.glob("best-*"))) == 1
 
 
 def test_a_killed_process_goes_on(
