@@ -104,6 +104,7 @@ def recover_checkpoint(
             "checkpoint": open_weights(source).fingerprint(),
             "quantization": digest([schema.model_dump_json()]),
             "choices": config.model_dump(mode="json"),
+            "precision": accelerator.mixed_precision,
             "record": RECORD_FIELDS,
         }
         with world.leader_first():

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from tacq_vllm.cli import app
 from tacq_vllm.quantize.workdir import PhaseFolder
+from tacq_vllm.recover import trainer
 from tacq_vllm.recover.config import RecoverConfig
 from tacq_vllm.recover.state import History, Record, StateFolder
 from tests.conftest import Recorder, contents
@@ -119,6 +120,17 @@ def test_values_are_the_best_when_the_state_says_so(phase_folder: PhaseFolder):
     found = folder.load(trained, optimizer)
     assert torch.equal(folder.best(found)["m"], torch.ones(2))
     assert len(list(phase_folder.folder.glob("best-*"))) == 1
+
+
+def test_a_machine_of_another_precision_does_not_go_on(
+    tiny_checkpoint: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    for index, has_bf16 in enumerate((False, True)):
+        monkeypatch.setattr(trainer, "_cpu_has_bf16", lambda has=has_bf16: has)
+        recorder = Recorder()
+        run(tiny_checkpoint, recorder, name=f"out-{index}", precision="auto", budget=2)
+
+        assert recorder.phases["training"] == 2
 
 
 def test_a_killed_process_goes_on(
