@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from tacq_vllm import __version__
 from tacq_vllm.config import override_recipe
 from tacq_vllm.convert.dequantized import export_dequantized
 from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
@@ -138,8 +139,10 @@ def _open_base(
 ) -> BaseModel:
     if name is not None:
         return open_base_model(name, device, workdir)
-    stamp = open_weights(source).fingerprint()[:16]
-    folder = workdir.folder / f"dequantized-{stamp}"
+    # Its tokenizer and configuration count as its weights do.
+    files = [(p.name, p.stat()) for p in sorted(source.iterdir()) if p.is_file()]
+    times = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+    folder = workdir.folder / f"dequantized-{digest([__version__, *times])[:16]}"
     if not folder.is_dir():
         export_dequantized(source, folder, Progress())
     return open_base_model(str(folder), device, workdir)

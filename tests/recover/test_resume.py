@@ -133,6 +133,20 @@ def test_a_machine_of_another_precision_does_not_go_on(
         assert recorder.phases["training"] == 2
 
 
+def test_a_checkpoint_with_another_tokenizer_is_dequantized_again(
+    checkpoint_copy: Path, run: Run, tmp_path: Path
+):
+    recorder = Recorder()
+    run(checkpoint_copy, base=None, budget=1)
+    path = checkpoint_copy / "tokenizer.json"
+    path.write_text(path.read_text().replace('"river"', '"rivers"'))
+
+    run(checkpoint_copy, recorder, base=None, name="other", budget=1)
+
+    assert "calibration: taken from the work folder" not in recorder.notes
+    assert recorder.phases["training"] == 1
+
+
 def test_a_killed_process_goes_on(
     tiny_checkpoint: Path, tiny_model: Path, text_file: Path, tmp_path: Path
 ):
