@@ -272,10 +272,11 @@ def test_an_interrupted_pass_goes_on(
     assert names(folder) == {"block-0000", "block-0001"}
 
 
-@pytest.mark.parametrize("count", range(1, 15))
+@pytest.mark.parametrize("count", range(1, 21))
 def test_a_pass_goes_on_after_any_file(
     tiny_base: BaseModel, tiny_recipe: Recipe, work: WorkDir, count: int
 ) -> None:
+    """What goes in and out of two blocks, for six batches, and the blocks."""
     recipe, folder = quick(tiny_recipe), work.phase("interrupted", {})
     with interrupted_at_file(count):
         quantize(tiny_base, recipe, folder)
@@ -283,6 +284,20 @@ def test_a_pass_goes_on_after_any_file(
     resumed = quantize(tiny_base, recipe, folder)
 
     assert_same(resumed, quantize(tiny_base, recipe, work.phase("whole", {})))
+
+
+def test_a_pass_that_goes_on_stores_no_inputs_of_finished_blocks(
+    tiny_base: BaseModel, tiny_recipe: Recipe, phase_folder: PhaseFolder
+) -> None:
+    recipe = quick(tiny_recipe)
+    for step in (8, 1):
+        with pytest.raises(KeyboardInterrupt):
+            quantize(
+                tiny_base, recipe, phase_folder, listener=Recorder("gptq", step)
+            )
+
+    hidden = {name for name in names(phase_folder) if name.startswith("hidden")}
+    assert {name.split("-")[1] for name in hidden} == {"0001"}
 
 
 @pytest.mark.parametrize("count", [2, 12])

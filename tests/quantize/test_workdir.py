@@ -73,6 +73,17 @@ def test_a_file_counts_only_when_it_is_whole(
     assert torch.equal(phase_folder.load("sums")["a"], torch.zeros(1))
 
 
+def test_a_sweep_takes_what_is_not_whole_too(phase_folder: PhaseFolder) -> None:
+    for name in ("hidden-0000", "sums-0000"):
+        phase_folder.save(name, {"a": torch.ones(1)})
+    (phase_folder.folder / "hidden-0001.safetensors.partial").touch()
+
+    phase_folder.sweep("hidden")
+
+    left = {path.name for path in phase_folder.folder.iterdir()}
+    assert left == {"depends.json", "sums-0000.safetensors"}
+
+
 def test_a_failed_save_leaves_what_was_there(phase_folder: PhaseFolder) -> None:
     phase_folder.save("sums", {"a": torch.ones(1)})
 
@@ -165,6 +176,24 @@ def test_a_work_folder_of_the_user_stays(tmp_path: Path) -> None:
 
     assert folder.parent == tmp_path / "work"
     assert folder.is_dir()
+
+
+def test_a_work_folder_of_the_user_stays_when_a_run_fails_at_once(
+    tmp_path: Path,
+) -> None:
+    """Whatever lies in it."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+
+    def fail() -> None:
+        with open_workdir(folder, tmp_path / "out", World()):
+            raise QuantizeError("no such source")
+
+    with pytest.raises(QuantizeError, match="no such source"):
+        fail()
+
+    assert (folder / "notes.txt").exists()
 
 
 def test_the_hidden_folder_goes_when_all_is_done(tmp_path: Path) -> None:
