@@ -241,14 +241,19 @@ def take_whole(samples: Iterable[Sample], budget: int, limit: int | None) -> Cho
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Of all that its tokens depend on; of a slow one, the vocabulary."""
+    """Of all that its tokens depend on; of a slow one, the vocabulary.
+
+    Special tokens have their parts, which chat templates and `self` write.
+    """
+    special = sorted(tokenizer.special_tokens_map.items())
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
-        return digest(sorted(tokenizer.get_vocab().items()))
+        return digest([*special, *sorted(tokenizer.get_vocab().items())])
     content = json.loads(fast.to_str())
     # Each call sets these two for itself.
     passing = ("truncation", "padding")
-    return digest(item for item in content.items() if item[0] not in passing)
+    kept = [item for item in content.items() if item[0] not in passing]
+    return digest([*special, *kept])
 
 
 def _named_files(sources: Iterable[str], data_root: Path | None) -> list[list[Any]]:

@@ -1,4 +1,8 @@
 import json
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +10,7 @@ import pytest
 import torch
 
 from tacq_vllm.config import CalibrationConfig
+from tacq_vllm.quantize.calibration import calibrate as run_calibration
 from tacq_vllm.quantize.calibration import (
     calibration_samples,
     cut_windows,
@@ -16,6 +21,7 @@ from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
+from tacq_vllm.quantize.world import World
 from tests.builders import write_lines
 from tests.conftest import Recorder, make_text, scored_words, words
 
@@ -308,6 +314,80 @@ def test_samples_are_kept_for_the_next_run(
     for sample, other in zip(first, again, strict=True):
         assert torch.equal(sample.tokens, other.tokens)
         assert torch.equal(sample.scored, other.scored)
+
+
+@pytest.fixture
+def is_found(
+    tiny_base: BaseModel, data_root: Path, tmp_path: Path
+) -> Callable[..., bool]:
+    """Make samples as a run does; gives whether they were in its work folder."""
+
+    def make(
+        config: CalibrationConfig, common: str = "", tokenizer: Any = None
+    ) -> bool:
+        base = replace(tiny_base, tokenizer=tokenizer or tiny_base.tokenizer)
+        recorder, work = Recorder(), WorkDir(tmp_path / "work")
+        depends = {"common": common}
+        run_calibration(
+            base, config, depends, data_root, work, Progress(recorder), World()
+        )
+        return "calibration: taken from the work folder" in recorder.notes
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_samples": 5},
+        {"seq_len": 9},
+        {"packing": True},
+        {"loss": "completion"},
+        {"seed": 1},
+        {"temperature": 0.9},
+        {"sources": ("gsm8k", "self")},
+    ],
+)
+def test_samples_of_other_choices_are_not_taken(
+    is_found: Callable[..., bool], fields: dict[str, Any]
+) -> None:
+    config = make_config("gsm8k")
+
+    assert not is_found(config)
+    assert is_found(config)
+    assert not is_found(make_config("gsm8k", **fields))
+    assert not is_found(config, "another model")
+    assert is_found(config)
+
+
+def test_samples_of_other_files_are_not_taken(
+    is_found: Callable[..., bool], data_root: Path, tmp_path: Path
+) -> None:
+    path, named = tmp_path / "text.txt", data_root / "gsm8k" / "train.jsonl"
+    path.write_text("the old river")
+    config, before = make_config(path, "gsm8k"), named.stat()
+
+    assert not is_found(config)
+    path.write_text("the new river")
+    assert not is_found(config)
+    os.utime(named, (1, 1))
+    assert not is_found(config)
+    os.utime(named, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert is_found(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("chat_template", "{{ messages[0].content }}"), ("bos_token", "river")],
+)
+def test_samples_of_another_tokenizer_are_not_taken(
+    tiny_base: BaseModel, is_found: Callable[..., bool], name: str, value: str
+) -> None:
+    config, tokenizer = make_config("gsm8k"), deepcopy(tiny_base.tokenizer)
+    setattr(tokenizer, name, value)
+
+    assert not is_found(config)
+    assert not is_found(config, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(

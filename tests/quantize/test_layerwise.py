@@ -292,9 +292,7 @@ def test_a_pass_that_goes_on_stores_no_inputs_of_finished_blocks(
     recipe = quick(tiny_recipe)
     for step in (8, 1):
         with pytest.raises(KeyboardInterrupt):
-            quantize(
-                tiny_base, recipe, phase_folder, listener=Recorder("gptq", step)
-            )
+            quantize(tiny_base, recipe, phase_folder, listener=Recorder("gptq", step))
 
     hidden = {name for name in names(phase_folder) if name.startswith("hidden")}
     assert {name.split("-")[1] for name in hidden} == {"0001"}
