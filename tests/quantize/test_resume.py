@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers.normalizers import Replace
 from typer.testing import CliRunner
 
@@ -17,9 +19,12 @@ from tacq_vllm.cli import app
 from tacq_vllm.config import Recipe, override_recipe
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize import passes
+from tacq_vllm.quantize.depends import common_depends
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.quantized import REPORT_FIELDS
+from tacq_vllm.quantize.workdir import fingerprint
+from tacq_vllm.quantize.world import World
 from tests.builders import quantize_arguments, truncate
 from tests.conftest import (
     Recorder,
@@ -152,6 +157,18 @@ def test_another_ratio_finds_all_but_the_last_pass(
     assert found == run_afresh(tiny_base, other, tmp_path)
 
 
+def test_two_ratios_find_a_pass_each(
+    tiny_base: BaseModel, recipe: Recipe, work: Path, tmp_path: Path
+) -> None:
+    """What the other has changed is not told where nothing is computed."""
+    other, recorder = override_recipe(recipe, {"outliers.ratio": 0.02}), Recorder()
+    run_pipeline(tiny_base, other, tmp_path / "other", work)
+
+    run(tiny_base, recipe, work, recorder)
+
+    assert recorder.notes == list(FOUND.values())
+
+
 def test_other_bits_find_the_gradients(
     tiny_base: BaseModel, recipe: Recipe, work: Path, tmp_path: Path
 ) -> None:
@@ -234,6 +251,25 @@ def test_reports_of_another_version_are_not_read(
     assert run(tiny_base, recipe, work, recorder) == contents(finished / "out")
     assert list(recorder.phases) == ["plain quantization", "quantization", "export"]
     assert "gptq: computed anew: report changed" in recorder.notes
+
+
+def test_another_program_or_machine_finds_nothing(
+    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = replace(tiny_base, device=torch.device("meta"))
+    seen = [
+        common_depends(tiny_base, World()),
+        common_depends(elsewhere, World()),
+        common_depends(tiny_base, World(0, 2)),
+    ]
+    for module in ("tacq_vllm.quantize.depends", "torch", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{module}.__version__", "another")
+            seen.append(common_depends(tiny_base, World()))
+
+    assert len(set(map(fingerprint, seen))) == len(seen)
+    # All processes of a run look in the same place.
+    assert common_depends(tiny_base, World(1, 2)) == seen[2]
 
 
 def test_another_text_finds_nothing(
