@@ -255,11 +255,11 @@ class Recorder:
     def phase_started(self, name: str, total: int) -> None:
         self._announced[name] = total
         self._done[name] = 0
+        self._stop(name)
 
     def phase_advanced(self, name: str, steps: int, detail: str) -> None:
         self._done[name] += steps
-        if (name, self._done[name]) == self._stop_at:
-            raise KeyboardInterrupt
+        self._stop(name)
 
     def phase_finished(self, name: str, seconds: float) -> None:
         assert self._done[name] == self._announced[name]
@@ -267,6 +267,10 @@ class Recorder:
 
     def noted(self, text: str) -> None:
         self.notes.append(text)
+
+    def _stop(self, name: str) -> None:
+        if (name, self._done[name]) == self._stop_at:
+            raise KeyboardInterrupt
 
 
 def quick(recipe: Recipe, **overrides: Any) -> Recipe:

@@ -25,6 +25,7 @@ from tests.conftest import (
     save_model,
     save_random,
 )
+from tests.interruptions import interrupted_at_file
 
 
 @pytest.fixture
@@ -76,6 +77,21 @@ def test_other_names_are_stored_once(mixtral: Path, work: Path) -> None:
     assert list(work.iterdir()) == [converted]
     assert {path: path.stat().st_mtime_ns for path in converted.iterdir()} == times
     assert again.fingerprint() == base.fingerprint()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_other_names_that_were_not_stored_whole_are_read_again(
+    mixtral: Path, work: Path, count: int
+) -> None:
+    with interrupted_at_file(count):
+        open_model(mixtral, work)
+
+    base = open_model(mixtral, work)
+
+    whole = MixtralForCausalLM.from_pretrained(mixtral, dtype=torch.float32)
+    with base.resident() as model:
+        assert is_equal(model.state_dict(), whole.state_dict())
+    assert [path.name[:8] for path in work.iterdir()] == ["weights-"]
 
 
 def test_another_configuration_has_other_names_read_again(
@@ -145,6 +161,21 @@ def test_a_gguf_file(plain_model: LlamaForCausalLM, work: Path, tmp_path: Path) 
     assert base.published is base.weights
     with base.resident() as model:
         assert is_equal(model.state_dict(), plain_model.state_dict())
+
+
+def test_another_gguf_file_of_the_same_name(
+    plain_model: LlamaForCausalLM, work: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, plain_model)
+    open_model(path, work)
+    torch.nn.init.zeros_(plain_model.lm_head.weight)
+    write_gguf(path, plain_model)
+
+    base = open_model(path, work)
+
+    with base.resident() as model:
+        assert not model.lm_head.weight.any()
 
 
 def test_missing_gguf(tmp_path: Path, work: Path) -> None:

@@ -19,7 +19,7 @@ from tacq_vllm.cli import app
 from tacq_vllm.config import Recipe, override_recipe
 from tacq_vllm.format.validation import find_faults
 from tacq_vllm.quantize import passes
-from tacq_vllm.quantize.depends import common_depends
+from tacq_vllm.quantize.depends import common_depends, digest
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.quantized import REPORT_FIELDS
@@ -270,6 +270,12 @@ def test_another_program_or_machine_finds_nothing(
     assert len(set(map(fingerprint, seen))) == len(seen)
     # All processes of a run look in the same place.
     assert common_depends(tiny_base, World(1, 2)) == seen[2]
+
+
+def test_digests_tell_where_parts_end() -> None:
+    parts = [(b"ab", b"c"), (b"a", b"bc"), (b"abc",), (b"abc", b"")]
+
+    assert len(set(map(digest, parts))) == len(parts)
 
 
 def test_another_text_finds_nothing(
