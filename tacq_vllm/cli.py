@@ -170,25 +170,25 @@ def quantize(
 
         check_output(output, work_dir)
         transformers_logging.disable_progress_bar()
-        with (
-            open_world(torch_device(device)) as (world, own_device),
-            open_workdir(work_dir, output, world) as folder,
-            open_listener(world.leads) as listener,
-        ):
-            with world.leader_first():
-                base = open_base_model(model, own_device, folder)
-            quantize_model(
-                base,
-                effective,
-                output,
-                folder,
-                RunProgress(listener),
-                lambda staged, schema: write_model_card(
-                    staged, schema, base.name, base.hub_id, base.published.folder
-                ),
-                data_root,
-                world,
-            )
+        with open_world(torch_device(device)) as (world, own_device):
+            with (
+                open_workdir(work_dir, output, world) as folder,
+                open_listener(world.leads) as listener,
+            ):
+                with world.leader_first():
+                    base = open_base_model(model, own_device, folder)
+                quantize_model(
+                    base,
+                    effective,
+                    output,
+                    folder,
+                    RunProgress(listener),
+                    lambda staged, schema: write_model_card(
+                        staged, schema, base.name, base.hub_id, base.published.folder
+                    ),
+                    data_root,
+                    world,
+                )
             if world.leads:
                 cli_show.print_summary(output)
 

@@ -136,22 +136,22 @@ def recover_checkpoint(
 
     check_output(output, work_dir)
     transformers_logging.disable_progress_bar()
-    with (
-        open_world(torch_device(device)) as (world, own_device),
-        open_workdir(work_dir, output, world) as folder,
-        open_listener(world.leads) as listener,
-    ):
-        pipeline.recover_checkpoint(
-            checkpoint,
-            base,
-            config,
-            output,
-            own_device,
-            folder,
-            Progress(listener),
-            lambda staged, schema: rewrite_model_card(staged, schema, checkpoint),
-            data_root,
-            world,
-        )
+    with open_world(torch_device(device)) as (world, own_device):
+        with (
+            open_workdir(work_dir, output, world) as folder,
+            open_listener(world.leads) as listener,
+        ):
+            pipeline.recover_checkpoint(
+                checkpoint,
+                base,
+                config,
+                output,
+                own_device,
+                folder,
+                Progress(listener),
+                lambda staged, schema: rewrite_model_card(staged, schema, checkpoint),
+                data_root,
+                world,
+            )
         if world.leads:
             print_summary(output)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tacq_vllm import cli_show
 from tacq_vllm.config import Recipe
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
 from tacq_vllm.format.inspection import inspect_checkpoint
@@ -145,6 +146,21 @@ def test_the_hidden_work_folder_goes(
     result = tacq(*quantize_arguments(tiny_model, tmp_path / "out", text_file))
 
     assert result.exit_code == 0, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_hidden_work_folder_goes_when_nobody_reads_the_result(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is whole: the same command would not go on."""
+
+    def stop(folder: Path) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli_show, "print_summary", stop)
+
+    tacq(*quantize_arguments(tiny_model, tmp_path / "out", text_file))
+
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

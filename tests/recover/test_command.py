@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from tacq_vllm import cli_recover
 from tacq_vllm.cli import app
 from tacq_vllm.config import RecipeError
 from tacq_vllm.format.checkpoint import read_schema
@@ -48,6 +49,25 @@ def test_options_override_the_recipe(
     # The stored choices are a recipe.
     del stored["base"]
     assert RecoverConfig.model_validate(stored).train_outliers
+
+
+def test_the_hidden_work_folder_goes_when_nobody_reads_the_result(
+    tiny_checkpoint: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def stop(folder: Path) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli_recover, "print_summary", stop)
+
+    recover(
+        *(tiny_checkpoint, "--output", tmp_path / "out"),
+        *("--calibration", text_file, *SMALL),
+    )
+
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
