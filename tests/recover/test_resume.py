@@ -6,16 +6,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from tacq_vllm.cli import app
+from tacq_vllm.format.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from tacq_vllm.quantize.workdir import PhaseFolder
-from tacq_vllm.recover import trainer
+from tacq_vllm.recover import pipeline, trainer
 from tacq_vllm.recover.config import RecoverConfig
-from tacq_vllm.recover.state import History, Record, StateFolder
+from tacq_vllm.recover.state import RECORD_FIELDS, History, Record, StateFolder
+from tests.builders import write_lines
 from tests.conftest import Recorder, contents
 from tests.interruptions import interrupted_at_file
 from tests.recover.conftest import STEPS, Run, train
@@ -61,6 +64,16 @@ def test_it_goes_on_with_equal_results(
         assert f"training: goes on from step {kept}" in recorder.notes or kept == 0
 
 
+def test_it_goes_on_without_a_base(tiny_checkpoint: Path, run: Run):
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_checkpoint, Recorder("training", 3), base=None)
+    recorder = Recorder()
+
+    run(tiny_checkpoint, recorder, base=None)
+
+    assert "training: goes on from step 2" in recorder.notes
+
+
 @pytest.mark.parametrize("count", [3, 10, 40, 41, 43, 45])
 def test_it_goes_on_after_a_file_that_was_not_finished(
     tiny_checkpoint: Path, run: Run, finished: Path, count: int
@@ -101,6 +114,71 @@ def test_other_choices_find_the_text_and_the_teacher(
     ]
 
 
+def begins(run: Run, checkpoint: Path, phase: str, **choices: Any) -> bool:
+    """Whether a run comes to a phase, where it is stopped."""
+    try:
+        run(checkpoint, Recorder(phase, 0), name="again", budget=1, **choices)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "phase"),
+    [("the new", " river again", "teacher"), ("the", " old river again", "training")],
+)
+def test_another_text_finds_nothing(
+    tiny_checkpoint: Path,
+    run: Run,
+    tmp_path: Path,
+    prompt: str,
+    completion: str,
+    phase: str,
+):
+    """Nor does the same one of which other tokens count."""
+    path = tmp_path / "text.jsonl"
+    choices = {"calibration.sources": (str(path),), "calibration.loss": "completion"}
+
+    def write(prompt: str, completion: str) -> None:
+        write_lines(path, [{"prompt": prompt, "completion": completion}] * 16)
+
+    write("the old", " river again")
+    run(tiny_checkpoint, budget=1, **choices)
+    assert not begins(run, tiny_checkpoint, phase, **choices)
+    shutil.rmtree(tmp_path / "again")
+    write(prompt, completion)
+
+    assert begins(run, tiny_checkpoint, phase, **choices)
+
+
+def test_another_share_held_out_finds_no_teacher(tiny_checkpoint: Path, run: Run):
+    run(tiny_checkpoint, budget=1)
+
+    assert begins(run, tiny_checkpoint, "teacher", held_out=0.5)
+
+
+def test_another_checkpoint_finds_no_training(
+    checkpoint_copy: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    """Nor does one that says something else of itself, nor a program with another
+    record of a step."""
+    run(checkpoint_copy, budget=1)
+    weights, config = (checkpoint_copy / n for n in (WEIGHTS_NAME, CONFIG_NAME))
+    before = weights.stat()
+
+    os.utime(weights, (1, 1))
+    assert begins(run, checkpoint_copy, "training")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    content = config.read_text()
+    config.write_text(content.replace('"seed": 0', '"seed": 1'))
+    assert begins(run, checkpoint_copy, "training")
+    config.write_text(content)
+    monkeypatch.setattr(pipeline, "RECORD_FIELDS", [*RECORD_FIELDS, "another"])
+    assert begins(run, checkpoint_copy, "training")
+    monkeypatch.undo()
+    assert not begins(run, checkpoint_copy, "training")
+
+
 def test_values_are_the_best_when_the_state_says_so(phase_folder: PhaseFolder):
     """A run that was killed between the two files may not come to them again."""
     folder, value = StateFolder(phase_folder), torch.nn.Parameter(torch.zeros(2))
@@ -130,7 +208,7 @@ def test_a_machine_of_another_precision_does_not_go_on(
         recorder = Recorder()
         run(tiny_checkpoint, recorder, name=f"out-{index}", precision="auto", budget=2)
 
-        assert recorder.phases["training"] == 2
+        assert (recorder.phases["teacher"], recorder.phases["training"]) == (2, 2)
 
 
 def test_a_checkpoint_with_another_tokenizer_is_dequantized_again(
