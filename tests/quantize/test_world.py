@@ -16,13 +16,20 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from tacq_vllm.cli import app
+from tacq_vllm.config import Method, Recipe
 from tacq_vllm.format.checkpoint import CheckpointReader, read_schema
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.format.validation import find_faults, load_linear
 from tacq_vllm.kernels.reference import dequantize
+from tacq_vllm.quantize.methods.table import METHODS
+from tacq_vllm.quantize.model import BaseModel
+from tacq_vllm.quantize.passes import Passes
+from tacq_vllm.quantize.progress import Progress
+from tacq_vllm.quantize.workdir import WorkDir
 from tacq_vllm.quantize.world import World, open_world
 from tests.builders import quantize_arguments
+from tests.conftest import quick
 
 
 def torchrun(
@@ -111,6 +118,29 @@ def test_processes_work_together(tmp_path: Path) -> None:
     result = torchrun(3, TOGETHER, tmp_path)
 
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_one_that_follows_makes_no_folder_of_a_phase(
+    tiny_base: BaseModel,
+    tiny_recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Method,
+) -> None:
+    """Neither of a pass nor of the text: it waits for the leader's."""
+
+    def stop(world: World) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(World, "wait", stop)
+    recipe, workdir = quick(tiny_recipe, method=method), WorkDir(tmp_path / "work")
+    passes = Passes(tiny_base, recipe, workdir, Progress(), World(1, 2), None)
+
+    with pytest.raises(KeyboardInterrupt):
+        METHODS[method](passes)
+
+    assert not workdir.folder.exists()
 
 
 RECORDED_RUN = """
