@@ -1,5 +1,6 @@
 """Trainings that were stopped."""
 
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,9 @@ from tacq_vllm.format.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from tacq_vllm.quantize.workdir import PhaseFolder
 from tacq_vllm.recover import pipeline, trainer
 from tacq_vllm.recover.config import RecoverConfig
+from tacq_vllm.recover.curve import LOSSES_NAME
 from tacq_vllm.recover.state import RECORD_FIELDS, History, Record, StateFolder
+from tacq_vllm.recover.teacher import Teacher
 from tests.builders import write_lines
 from tests.conftest import Recorder, contents
 from tests.interruptions import interrupted_at_file
@@ -62,6 +65,21 @@ def test_it_goes_on_with_equal_results(
         kept = step // 2 * 2
         assert recorder.phases["training"] == STEPS - min(kept, STEPS - 1)
         assert f"training: goes on from step {kept}" in recorder.notes or kept == 0
+
+
+def test_its_time_goes_on(
+    tiny_checkpoint: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Teacher, "seconds", 1000.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_checkpoint, Recorder("training", 3))
+
+    output = run(tiny_checkpoint)
+
+    lines = (output / LOSSES_NAME).read_text().splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines]
+    assert seconds == sorted(seconds)
+    assert seconds[0] == 1000.0
 
 
 def test_it_goes_on_without_a_base(tiny_checkpoint: Path, run: Run):

@@ -9,11 +9,9 @@ from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.world import World
 from tacq_vllm.recover.config import RecoverConfig
 from tests.builders import stored_weights
-from tests.quantize.test_world import torchrun
+from tests.quantize.test_world import RECORDED_RUN, torchrun
 from tests.recover.conftest import train
 from tests.recover.test_pipeline import held_out
-
-PROGRAM = "from tacq_vllm.cli import main; main()"
 
 
 def test_two_processes_train_as_one(
@@ -28,12 +26,19 @@ def test_two_processes_train_as_one(
     arguments = ["recover", tiny_checkpoint, "--output", tmp_path / "two"]
     arguments += ["--base", tiny_model, "--recipe", recipe, "--device", "cpu"]
 
-    result = torchrun(2, PROGRAM, *arguments)
+    result = torchrun(2, RECORDED_RUN, tmp_path, *arguments)
     assert result.returncode == 0, result.stderr
     alone = train(
         tiny_checkpoint, tiny_model, tiny_training, tmp_path / "one", tmp_path / "work"
     )
 
+    leader, follower = (
+        (tmp_path / f"renamed-{rank}.txt").read_text().split() for rank in (0, 1)
+    )
+    # Each has made files of its own; what they found together is the leader's to write.
+    assert not set(leader) & set(follower)
+    kinds = {Path(path).name.split("-")[0] for path in follower}
+    assert kinds == {"hidden", "states"}
     # One process tells what both do.
     assert result.stderr.count("training 6/6") == 1
     assert find_faults(tmp_path / "two") == []
