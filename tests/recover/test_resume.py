@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from tacq_vllm.cli import app
 from tacq_vllm.format.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from tacq_vllm.quantize.blocks import BlockCalls
 from tacq_vllm.quantize.workdir import PhaseFolder
 from tacq_vllm.recover import pipeline, trainer
 from tacq_vllm.recover.config import RecoverConfig
@@ -67,6 +69,32 @@ def test_it_goes_on_with_equal_results(
         assert f"training: goes on from step {kept}" in recorder.notes or kept == 0
 
 
+def test_the_teacher_goes_on_with_the_next_block(
+    tiny_checkpoint: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    blocks: set[int] = set()
+    run_block = BlockCalls.run
+
+    def record(calls: BlockCalls, block: torch.nn.Module, index: int, x: Tensor):
+        blocks.add(index)
+        return run_block(calls, block, index, x)
+
+    monkeypatch.setattr(BlockCalls, "run", record)
+
+    for step, found in ((1, {0}), (2, {1})):
+        blocks.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_checkpoint, Recorder("teacher", step))
+        assert blocks == found
+    # Where some samples' states are stored, and where all are.
+    blocks.clear()
+    with interrupted_at_file(2):
+        run(tiny_checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_checkpoint, Recorder("training", 0))
+    assert not blocks
+
+
 def test_its_time_goes_on(
     tiny_checkpoint: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ):
@@ -112,6 +140,7 @@ def test_a_second_run_only_exports(
 
     assert contents(output) == contents(finished / "out")
     assert recorder.phases == {"export": 14}
+    assert not any("goes on" in note for note in recorder.notes)
     assert (output / "loss.jsonl").read_bytes() == (
         finished / "out" / "loss.jsonl"
     ).read_bytes()
