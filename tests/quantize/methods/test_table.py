@@ -143,7 +143,7 @@ GPTQ = {
 }
 OUTLIERS = {
     "outliers.ratio": 0.02,
-    "outliers.saliency": "magnitude",
+    "outliers.saliency": "qal",
     "outliers.scope": "linear",
     "outliers.kept_value": "compensated",
 }
