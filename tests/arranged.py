@@ -6,7 +6,8 @@ import torch
 from tacq_vllm import layers
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.kernels.tiles import TiledLinear, can_tile, tile
+from tacq_vllm.kernels.tiles import TiledLinear
+from tacq_vllm.kernels.tiling import can_tile, tile
 
 
 def arrange_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

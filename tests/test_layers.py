@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.stored import TensorSpec
-from tacq_vllm.kernels.tiles import TiledLinear, tile
+from tacq_vllm.kernels.tiles import TiledLinear
+from tacq_vllm.kernels.tiling import tile
 from tacq_vllm.layers import TacqLinear
 from tests.arranged import arrange_on_cpu
 from tests.builders import assert_is_product, random_input, random_linear

@@ -20,7 +20,8 @@ from tacq_vllm.format.clustered import ClusteredLayout, ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear, PlanesLayout
 from tacq_vllm.format.stored import Layout, StoredLinear
 from tacq_vllm.kernels.reference import linear_backward, linear_forward
-from tacq_vllm.kernels.tiles import TiledLayout, TiledLinear, untile
+from tacq_vllm.kernels.tiles import TiledLayout, TiledLinear
+from tacq_vllm.kernels.tiling import untile
 
 
 class Kernels(Protocol):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
-from tacq_vllm.kernels.tiles import TiledLinear, can_tile, tile
+from tacq_vllm.kernels.tiles import TiledLinear
+from tacq_vllm.kernels.tiling import can_tile, tile
 from tacq_vllm.kernels.triton_clusters import (
     CLUSTERS_TOKEN_COUNTS,
     clusters_dense,

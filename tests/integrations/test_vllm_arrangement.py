@@ -11,7 +11,8 @@ from vllm.model_executor.layers import linear as vllm_linear
 from tacq_vllm.format.stored import StoredLinear
 from tacq_vllm.integrations.vllm import linear as linear_method
 from tacq_vllm.integrations.vllm import summary
-from tacq_vllm.kernels.tiles import ROWS, TiledLinear, tile
+from tacq_vllm.kernels.tiles import ROWS, TiledLinear
+from tacq_vllm.kernels.tiling import tile
 from tests.integrations.vllm_linears import load, stored_linears
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_process")]

@@ -11,9 +11,10 @@ from torch import Tensor
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.outliers import decode_outliers
-from tacq_vllm.kernels import tiles, triton_dense
+from tacq_vllm.kernels import tiling, triton_dense
 from tacq_vllm.kernels.ops import arrange
-from tacq_vllm.kernels.tiles import ROWS, TiledLinear, can_tile, tile
+from tacq_vllm.kernels.tiles import ROWS, TiledLinear
+from tacq_vllm.kernels.tiling import can_tile, tile
 from tests.builders import assert_is_product, random_input, random_linear
 from tests.clusters import random_clustered
 from tests.interpreter import DEVICE
@@ -172,7 +173,7 @@ def test_rows_are_dealt_out_a_part_at_a_time(
     for linear in (packed, clustered):
         whole = tile(linear).tensors()
         with monkeypatch.context() as patch:
-            patch.setattr(tiles, "_ROWS_AT_A_TIME", 16)
+            patch.setattr(tiling, "_ROWS_AT_A_TIME", 16)
             parts = tile(linear).tensors()
 
         assert parts.keys() == whole.keys()

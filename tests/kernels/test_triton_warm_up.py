@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton")
 
 from tacq_vllm.kernels import triton_clusters, triton_planes, triton_tiles
-from tacq_vllm.kernels.tiles import tile
+from tacq_vllm.kernels.tiling import tile
 from tests.builders import random_linear
 from tests.clusters import random_clustered
 from tests.kernels.gpu import kernel

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.outliers import Outliers, encode_outliers
-from tacq_vllm.kernels import tiles
+from tacq_vllm.kernels import tiling
 from tacq_vllm.kernels.reference import dequantize
-from tacq_vllm.kernels.tiles import can_tile, tile, untile
+from tacq_vllm.kernels.tiling import can_tile, tile, untile
 from tests.builders import random_linear
 from tests.clusters import random_clustered
 
@@ -70,7 +70,7 @@ def test_rows_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = random_linear(3, 70, 960, 64, 0.02, torch.bfloat16, 1)
     tiled = tile(packed)
 
-    monkeypatch.setattr(tiles, "_ROWS_AT_A_TIME", 16)
+    monkeypatch.setattr(tiling, "_ROWS_AT_A_TIME", 16)
 
     assert_equal(packed, untile(tiled))
 
