@@ -287,7 +287,7 @@ def override_recipe(recipe: AnySection, overrides: dict[str, Any]) -> AnySection
     """Replace fields named by dotted paths (`calibration.seed`); None leaves as is.
 
     Raises:
-        RecipeError: a value is out of range.
+        RecipeError: a value is out of range, or a path leads nowhere.
     """
     content = recipe.model_dump()
     for dotted, value in overrides.items():
@@ -296,7 +296,9 @@ def override_recipe(recipe: AnySection, overrides: dict[str, Any]) -> AnySection
         *sections, field = dotted.split(".")
         section = content
         for name in sections:
-            section = section[name]
+            section = section.get(name)
+            if not isinstance(section, dict):
+                raise RecipeError(f"{dotted}: recipes have no section {name!r}")
         section[field] = value
     return parse_section(type(recipe), content, source="options")
 

@@ -62,21 +62,21 @@ class Cell(BaseModel):
         }
         for option in self.options.split():
             name, _, value = option.partition("=")
-            fields[name] = yaml.safe_load(value)
-        try:
-            return override_recipe(base, fields)
-        except KeyError as error:
-            raise RecipeError(f"--option: recipes have no section {error}") from error
+            fields[name] = _parse_value(option, value)
+        return override_recipe(base, fields)
 
 
 _FLAGS = {
     "method": "--methods",
     "bits": "--bits",
     "group_size": "--group-size",
+    "outliers.saliency": "--methods",
     "calibration.sources": "--calibration",
     "calibration.seed": "--seeds",
+    "calibration.num_samples": "--num-samples",
+    "calibration.seq_len": "--seq-len",
 }
-"""What chooses fields that tell models apart."""
+"""What chooses fields that tell models, or comparisons, apart."""
 
 
 @dataclass(frozen=True)
@@ -140,5 +140,16 @@ class Matrix:
             name, equals, _ = option.partition("=")
             if not equals:
                 raise RecipeError(f"--option {option}: give it as FIELD=VALUE")
-            if name in _FLAGS:
-                raise RecipeError(f"--option {option}: use {_FLAGS[name]}")
+            for field, flag in _FLAGS.items():
+                if field == name or field.startswith(f"{name}."):
+                    raise RecipeError(f"--option {option}: use {flag}")
+
+
+def _parse_value(option: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--option {option}: the value is not YAML") from error
+    if value is None:
+        raise RecipeError(f"--option {option}: a value is missing")
+    return value

@@ -88,6 +88,13 @@ def test_an_unknown_method() -> None:
         ("gptq.grid_steps", "--option gptq.grid_steps: give it as FIELD=VALUE"),
         ("bits=2", "--option bits=2: use --bits"),
         ("calibration.seed=1", "--option calibration.seed=1: use --seeds"),
+        ("outliers.saliency=grad", "saliency=grad: use --methods"),
+        ("calibration.num_samples=8", "num_samples=8: use --num-samples"),
+        ("calibration.seq_len=8", "seq_len=8: use --seq-len"),
+        ('outliers={"ratio":0.1}', "use --methods"),
+        ("gptq.grid_steps=", "gptq.grid_steps=: a value is missing"),
+        ("spqr.code_bits=null", "spqr.code_bits=null: a value is missing"),
+        ("gptq.grid_steps=[", r"gptq.grid_steps=\[: the value is not YAML"),
     ],
 )
 def test_options_that_say_nothing_or_what_a_flag_says(
@@ -118,6 +125,7 @@ def test_two_sources_of_one_name() -> None:
         ("group_size", 24, "group_size 24"),
         ("options", "gptq.nothing=1", "gptq.nothing: Extra inputs"),
         ("options", "nothing.at.all=1", "no section 'nothing'"),
+        ("options", "gptq.grid_steps.at=1", "no section 'grid_steps'"),
     ],
 )
 def test_choices_that_recipes_refuse(field: str, value: object, reason: str) -> None:
