@@ -99,9 +99,8 @@ class Comparison:
         base = self._row(None, progress)
         for cell in cells:
             self._row(cell, progress)
-        files = sorted((self.folder / ROWS_FOLDER).glob("*.json"))
-        rows = [row for file in files if (row := read_row(file)) is not None]
-        like = [r for r in rows if (r.model, r.settings) == (base.model, base.settings)]
+        rows = list(self._rows().values())
+        like = [row for row in rows if self._is_like(row)]
         others = len(rows) - len(like)
         if others:
             progress.note(
@@ -110,10 +109,29 @@ class Comparison:
             )
         return with_baselines(like, base)
 
+    def _rows(self) -> dict[Path, Row]:
+        """All rows that are in the folder."""
+        files = sorted((self.folder / ROWS_FOLDER).glob("*.json"))
+        return {file: row for file in files if (row := read_row(file)) is not None}
+
+    def _is_like(self, row: Row) -> bool:
+        """Whether a row can stand beside those of this comparison."""
+        return (row.model, row.settings) == (self.base.name, self.settings)
+
     def _check(self, cells: Sequence[Cell]) -> None:
         """Refuse, before the first hour of work, what would fail after it."""
+        earlier = {
+            row.cell: path for path, row in self._rows().items() if self._is_like(row)
+        }
         for cell in cells:
             check_linears(self.base, cell.group_size)
+            path = earlier.get(_shown(cell))
+            if path is not None and path.stem != self._name(cell):
+                raise EvaluateError(
+                    f"{cell.calibration}: {path} is of another source of that name: "
+                    "give the same path as then, rename the source, or choose another "
+                    "--output"
+                )
         recipes = [cell.recipe(self.recipe) for cell in cells]
         readers = [recipe for recipe in recipes if recipe.reads_calibration]
         by_sources = {recipe.calibration.sources: recipe for recipe in readers}

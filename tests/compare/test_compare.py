@@ -133,6 +133,26 @@ def test_rows_measured_otherwise_are_not_in_the_table(
     assert "measured in another way, are not in this table" in result.stderr
 
 
+def test_another_source_of_the_same_name_is_refused(
+    tiny_model: Path, root: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """In the table they would be one setting."""
+    output, copies = (
+        tmp_path / "out",
+        [tmp_path / name for name in ("a.txt", "b/a.txt")],
+    )
+    copies[1].parent.mkdir()
+    for copy in copies:
+        copy.write_text(text_file.read_text())
+    first = compare(tiny_model, output, root, methods="gptq", calibration=copies[0])
+    assert first.exit_code == 0, first.output
+
+    result = compare(tiny_model, output, root, calibration=copies[1])
+
+    (row,) = output.glob("rows/gptq-w3-g32-a.txt-s0-*.json")
+    assert_one_line(result, f"{copies[1]}: {row} is of another source of that name")
+
+
 def test_no_paths_are_told(tiny_model: Path, root: Path, output: Path) -> None:
     for path in output.glob("rows/*.json"):
         assert str(root) not in json.dumps(path.read_text())
