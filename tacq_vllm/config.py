@@ -296,9 +296,9 @@ def override_recipe(recipe: AnySection, overrides: dict[str, Any]) -> AnySection
         *sections, field = dotted.split(".")
         section = content
         for name in sections:
-            section = section.get(name)
-            if not isinstance(section, dict):
+            if not isinstance(section.get(name), dict):
                 raise RecipeError(f"{dotted}: recipes have no section {name!r}")
+            section = section[name]
         section[field] = value
     return parse_section(type(recipe), content, source="options")
 
