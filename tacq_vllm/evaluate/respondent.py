@@ -60,7 +60,8 @@ class Respondent:
     ) -> list[str]:
         """The text that follows each prompt."""
         cut = [self._fit_prompt(prompt) for prompt in asked]
-        self._note_cuts(task, asked, cut)
+        self._note_cuts(task, [a.tokens for a in asked], [c.tokens for c in cut])
+        self._note_short_answers(task, asked, cut)
         lines = self._answers(
             task, items, cut, self.runner.texts, lambda text: {"text": text}
         )
@@ -130,12 +131,26 @@ class Respondent:
         return Prompt(asked.tokens[-room:], max_tokens, asked.stops)
 
     def _note_cuts(
-        self, task: str, asked: Sequence[_Asked], cut: Sequence[_Asked]
+        self, task: str, asked: Sequence[object], cut: Sequence[object]
     ) -> None:
         count = sum(a != b for a, b in zip(asked, cut, strict=True))
         if count:
             self.progress.note(
-                f"{task}: {count} prompts are longer than the "
+                f"{task}: {count} prompts and their answers are longer than the "
                 f"{self.runner.max_length} tokens that there is room for: cut on the "
                 "left"
+            )
+
+    def _note_short_answers(
+        self, task: str, asked: Sequence[Prompt], cut: Sequence[Prompt]
+    ) -> None:
+        short = [
+            f"{one.max_tokens}, not {whole.max_tokens}"
+            for whole, one in zip(asked, cut, strict=True)
+            if one.max_tokens < whole.max_tokens
+        ]
+        if short:
+            self.progress.note(
+                f"{task}: answers have at most {short[0]} tokens, half of the "
+                f"{self.runner.max_length} that there is room for"
             )

@@ -5,6 +5,7 @@ import pytest
 from tacq_vllm.data.sets import Item
 from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.evaluate.questions import Questions, completion_loss, encode
+from tacq_vllm.evaluate.runner import Prompt
 from tests.conftest import Recorder
 from tests.evaluate.conftest import Parrot, respond
 
@@ -56,7 +57,49 @@ def test_long_prompts_are_cut_on_the_left_which_is_told() -> None:
     (asked,) = runner.asked
     assert "".join(map(chr, asked.context)) == "n 0:"
     (note,) = listener.notes
-    assert "1 prompts are longer than the 6 tokens" in note
+    assert "1 prompts and their answers are longer than the 6 tokens" in note
+
+
+@pytest.mark.parametrize(
+    ("max_length", "context", "max_tokens", "notes"),
+    [
+        (19, "question 0:", 8, []),
+        (18, "uestion 0:", 8, ["1 prompts and their answers are longer than the 18"]),
+        (
+            14,
+            "tion 0:",
+            7,
+            [
+                "1 prompts and their answers are longer than the 14",
+                "answers have at most 7, not 8 tokens, half of the 14",
+            ],
+        ),
+    ],
+)
+def test_a_prompt_leaves_room_for_what_is_generated(
+    max_length: int, context: str, max_tokens: int, notes: list[str]
+) -> None:
+    runner, listener = Parrot(max_length=max_length), Recorder()
+    prompt = Prompt(tuple(map(ord, "question 0:")), 8, (";",))
+
+    respond(runner, listener=listener).texts("spider", [0], [prompt])
+
+    (asked,) = runner.asked
+    assert "".join(map(chr, asked.tokens)) == context
+    assert (asked.max_tokens, asked.stops) == (max_tokens, (";",))
+    for note, expected in zip(listener.notes, notes, strict=True):
+        assert expected in note
+
+
+def test_a_short_prompt_is_whole_where_answers_are_short() -> None:
+    runner, listener = Parrot(max_length=40), Recorder()
+    prompt = Prompt((1, 2), 30, ())
+
+    respond(runner, listener=listener).texts("spider", [0], [prompt])
+
+    assert runner.asked == [Prompt((1, 2), 20, ())]
+    (note,) = listener.notes
+    assert "answers have at most 20, not 30 tokens" in note
 
 
 def test_an_answer_that_does_not_fit() -> None:
