@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tacq_vllm.evaluate.errors import EvaluateError
+from tacq_vllm.format.staging import named_errors
 
 
 class SampleLog:
@@ -34,7 +35,10 @@ class SampleLog:
         self._lines[key] = line
         if self._path is not None:
             text = json.dumps({**line, "key": key}, ensure_ascii=False)
-            with self._path.open("a", encoding="utf-8") as file:
+            with (
+                named_errors(self._path),
+                self._path.open("a", encoding="utf-8") as file,
+            ):
                 file.write(text + "\n")
 
     def _read(self, path: Path) -> None:

@@ -15,11 +15,22 @@ def nearest_existing(path: Path) -> Path:
 
 
 @contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Give errors of the system the name of a file: writing has none to tell."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
     """A name beside `final`, renamed to it when the body has written a file there."""
     staging = final.with_name(final.name + _PARTIAL)
     try:
-        yield staging
+        with named_errors(final):
+            yield staging
     except BaseException:
         staging.unlink(missing_ok=True)
         raise

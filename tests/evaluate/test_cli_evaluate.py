@@ -171,23 +171,27 @@ def test_bad_options(
     assert_one_line(result, reason)
 
 
-def test_scores_stay_where_the_disk_is_full(
-    tiny_model: Path, root: Path, mount: Callable[..., Path]
+@pytest.mark.parametrize(
+    ("option", "content"), [("--json", "of an earlier run"), ("--samples", "")]
+)
+def test_files_stay_where_the_disk_is_full(
+    tiny_model: Path, root: Path, mount: Callable[..., Path], option: str, content: str
 ) -> None:
-    file = mount("size=8k") / "scores.json"
-    file.write_text("of an earlier run")
+    file = mount("size=8k") / "file"
+    file.write_text(content)
     filling = file.with_name("filling")
     with pytest.raises(OSError, match="No space left"):
         filling.write_bytes(b"x" * 10_000)
 
     result = evaluate(
-        tiny_model, "wikitext2", root, "--window", 64, "--limit", 1, "--json", file
+        tiny_model, "wikitext2", root, "--window", 64, "--limit", 1, option, file
     )
 
     assert result.exit_code == 2
-    assert "No space left" in result.stderr.splitlines()[-1]
-    assert file.read_text() == "of an earlier run"
-    assert sorted(file.parent.iterdir()) == [filling, file]
+    failure = result.stderr.splitlines()[-1]
+    assert failure == f"tacq: {file}: No space left on device"
+    assert file.read_text() == content
+    assert sorted(file.parent.iterdir()) == [file, filling]
 
 
 @pytest.mark.parametrize("option", ["--json", "--samples"])
