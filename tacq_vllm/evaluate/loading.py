@@ -9,7 +9,7 @@ from tacq_vllm.quantize.errors import QuantizeError, first_line
 from tacq_vllm.quantize.source import ModelSource, locate_model
 from tacq_vllm.quantize.workdir import fingerprint
 
-_DECISIVE = ("*.safetensors", "*config.json", "tokenizer*", "*.model")
+_DECISIVE = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model")
 
 
 @contextmanager

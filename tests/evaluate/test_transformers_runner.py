@@ -1,6 +1,7 @@
 """Answers from Transformers, beside plain calls of the model."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,30 @@ def test_the_identity_of_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
     file.write_bytes(b"another")
 
     assert model_identity(locate_model(str(file))) != before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00002.safetensors",
+        "pytorch_model.bin",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+    ],
+)
+def test_the_identity_of_a_folder(tmp_path: Path, name: str) -> None:
+    for file in ("config.json", name):
+        (tmp_path / file).write_text("of the model")
+    before = model_identity(locate_model(str(tmp_path)))
+    (tmp_path / "README.md").write_text("not of the model")
+    assert model_identity(locate_model(str(tmp_path))) == before
+    status = (tmp_path / name).stat()
+
+    os.utime(tmp_path / name, ns=(0, status.st_mtime_ns + 1))
+    newer = model_identity(locate_model(str(tmp_path)))
+    (tmp_path / name).write_text("of another")
+    os.utime(tmp_path / name, ns=(0, status.st_mtime_ns))
+
+    assert len({before, newer, model_identity(locate_model(str(tmp_path)))}) == 3
