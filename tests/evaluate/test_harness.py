@@ -40,6 +40,7 @@ def test_gsm8k_takes_the_number_after_the_mark(answer: str, value: float) -> Non
     assert values == [value]
     (asked,) = runner.asked
     assert asked.stops == ("\n\n", "Question:")
+    assert asked.max_tokens == 320
 
 
 def test_thousands_are_read_with_and_without_commas() -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.evaluate.questions import Questions, completion_loss
+from tacq_vllm.evaluate.runner import Prompt
 from tacq_vllm.evaluate.samples import SampleLog
 from tests.conftest import Recorder
 from tests.evaluate.conftest import Parrot, respond
@@ -31,11 +32,12 @@ def test_a_run_goes_on_where_one_was_killed(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"half a line": ')
 
-    runner = Parrot()
-    scores = completion_loss(QUESTIONS, respond(runner, SampleLog(path)))
+    runner, listener = Parrot(), Recorder()
+    scores = completion_loss(QUESTIONS, respond(runner, SampleLog(path), listener))
 
     assert scores == whole
     assert len(runner.asked) == len(ITEMS) - 4
+    assert listener.phases == {"parrot gsm8k": len(ITEMS) - 4}
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({line["key"] for line in lines}) == len(lines) == 2 * len(ITEMS)
     assert lines[-1]["target"] == ITEMS[-1].completion
@@ -52,6 +54,18 @@ def test_a_finished_run_asks_nothing_and_says_so(tmp_path: Path) -> None:
     assert runner.asked == []
     assert listener.notes == ["parrot gsm8k: taken from the sample log"]
     assert path.read_bytes() == before
+
+
+def test_what_a_model_says_is_in_the_log_as_it_says_it(tmp_path: Path) -> None:
+    path, answer = tmp_path / "log.jsonl", "Zürich\u2028\r\n\x85 7"
+    prompt = Prompt((1,), 4, ())
+    respond(Parrot(answer), SampleLog(path)).texts("gsm8k", [0], [prompt])
+    again = Parrot()
+
+    (text,) = respond(again, SampleLog(path)).texts("gsm8k", [0], [prompt])
+
+    assert (text, again.asked) == (answer, [])
+    assert "Zürich" in path.read_text(encoding="utf-8")
 
 
 def test_another_model_is_asked_anew(tmp_path: Path) -> None:
@@ -78,7 +92,7 @@ def test_a_file_of_one_line_without_its_end_is_left_alone(
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("line", ["text", "[1]", '{"no": "key"}'])
+@pytest.mark.parametrize("line", ["text", "[1]", "1", '{"no": "key"}'])
 def test_a_file_that_is_no_log(tmp_path: Path, line: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(f"{line}\n")

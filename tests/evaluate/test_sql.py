@@ -122,6 +122,32 @@ def test_a_missing_database_is_not_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_database_whose_name_is_an_address(tmp_path: Path) -> None:
+    database = make_database(tmp_path / "a?b#c%20d" / "dogs.sqlite")
+
+    assert run_query(database, GOLD, 5.0) == [("Rex",), ("Bo",)]
+
+
+def test_a_database_with_a_log_of_its_own_is_left_alone(database: Path) -> None:
+    connection = sqlite3.connect(database)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.close()
+    before = state(database.parent)
+
+    assert run_query(database, GOLD, 5.0) == [("Rex",), ("Bo",)]
+    assert state(database.parent) == before
+
+
+def test_two_slow_queries_are_waited_for(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tacq_vllm.evaluate.sql.judge._GRACE_SECONDS", 0.0)
+    slow = NUMBERS.format(" WHERE i < 1000000", "max(i)")
+
+    with Judge(5.0) as judge:
+        assert judge.verdict(database, slow, slow) == "right"
+
+
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "odd.sqlite")
     connection.execute("CREATE TABLE t AS SELECT CAST(x'ff41' AS text) AS a")
@@ -149,6 +175,8 @@ def test_many_rows_are_still_taken(database: Path) -> None:
         ([(1,), (1,), (2,)], [(1,), (2,), (2,)], False, False),
         ([(1,)], [(1.0,)], False, True),
         ([(None,)], [(0,)], False, False),
+        # A column counts once, however often its values are asked for.
+        ([(1, 1)], [(1, 2)], False, False),
         ([], [], True, True),
         ([], [(1,)], False, False),
         ([(1,)], [(1, 1)], False, False),

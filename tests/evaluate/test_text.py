@@ -51,6 +51,25 @@ def test_a_limit_leaves_most_of_a_long_text_unread() -> None:
     assert sum(read) < 500
 
 
+def test_the_standard_error_is_that_of_the_perplexity() -> None:
+    class Uneven(Parrot):
+        def likelihoods(self, asked: Sequence[Continuation]) -> Iterator[Likelihood]:
+            for one, loss in zip(asked, (1.0, 2.0, 6.0), strict=True):
+                yield Likelihood(-loss * len(one.tokens), greedy=False)
+
+    (score,) = perplexity("c4", ["abcdefghijk"], 3, None, respond(Uneven()))
+
+    # The mean of the losses is 3; they differ from it by 2, 1 and 3.
+    assert score.value == pytest.approx(math.exp(3))
+    assert score.stderr == pytest.approx(math.exp(3) * math.sqrt(14 / 2 / 3))
+
+
+def test_a_window_as_long_as_there_is_room_for() -> None:
+    (score,) = perplexity("c4", ["abcdefgh"], 8, None, respond(Parrot(max_length=8)))
+
+    assert score.value == pytest.approx(math.exp(0.5))
+
+
 @pytest.mark.parametrize(
     ("window", "reason"),
     [(11, "8 tokens of text, less than a window of 11"), (21, "more than the 20")],
@@ -72,7 +91,7 @@ def test_a_loss_that_has_no_perplexity() -> None:
     class Wrong(Parrot):
         def likelihoods(self, asked: Sequence[Continuation]) -> Iterator[Likelihood]:
             for one in asked:
-                yield Likelihood(-800.0 * len(one.tokens), greedy=False)
+                yield Likelihood(-710.0 * len(one.tokens), greedy=False)
 
-    with pytest.raises(EvaluateError, match="a loss of 800 nats a token, too large"):
+    with pytest.raises(EvaluateError, match="a loss of 710 nats a token, too large"):
         perplexity("c4", ["abcdefgh"], 4, None, respond(Wrong()))

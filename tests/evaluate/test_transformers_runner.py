@@ -125,6 +125,7 @@ def test_texts_of_prompts_together_are_those_of_each_alone(tiny_model: Path) -> 
 
     assert together == [next(runner.texts([prompt])) for prompt in prompts]
     assert len(set(together)) > 1
+    assert max(len(text.split()) for text in together) == 6
 
 
 def test_a_stop_ends_a_text_and_is_not_part_of_it(tiny_model: Path) -> None:
