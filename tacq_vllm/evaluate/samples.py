@@ -48,7 +48,13 @@ class SampleLog:
             try:
                 line = json.loads(text)
                 self._lines[line.pop("key")] = line
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as error:
                 raise EvaluateError(
                     f"{path}, line {number}: not a line of a sample log; give another "
                     "file for --samples"

@@ -92,7 +92,7 @@ def test_a_file_of_one_line_without_its_end_is_left_alone(
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("line", ["text", "[1]", "1", '{"no": "key"}'])
+@pytest.mark.parametrize("line", ["text", "[1]", "1", '{"no": "key"}', "[" * 9999])
 def test_a_file_that_is_no_log(tmp_path: Path, line: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(f"{line}\n")

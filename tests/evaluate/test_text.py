@@ -1,5 +1,6 @@
 import math
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,20 @@ def test_a_window_as_long_as_there_is_room_for() -> None:
     (score,) = perplexity("c4", ["abcdefgh"], 8, None, respond(Parrot(max_length=8)))
 
     assert score.value == pytest.approx(math.exp(0.5))
+
+
+def test_the_last_token_of_a_limit_sees_what_follows() -> None:
+    class Pairs(Parrot):
+        def tokenizer(self, text: str, **options: Any) -> Any:
+            pairs = [text[i : i + 2] for i in range(0, len(text), 2)]
+            return SimpleNamespace(input_ids=[ord(max(pair)) for pair in pairs])
+
+    few, all_of_them = Pairs(), Pairs()
+
+    perplexity("c4", ["\t\t\t", "def"], 2, 1, respond(few))
+    perplexity("c4", ["\t\t\t", "def"], 2, None, respond(all_of_them))
+
+    assert few.asked == all_of_them.asked[:1]
 
 
 @pytest.mark.parametrize(

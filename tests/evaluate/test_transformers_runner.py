@@ -45,6 +45,7 @@ def random_continuations() -> list[Continuation]:
         Continuation(shared, tail),
         Continuation(shared, (7,)),
         Continuation(shared, (8,)),
+        Continuation(shared[:-2], (*shared[-2:], 9)),
         Continuation(shared + tail, draw(3)),
         Continuation(shared[:12], draw(30)),
         Continuation(draw(9), draw(2)),
@@ -155,6 +156,19 @@ def test_a_text_ends_with_the_token_that_ends_it(tiny_model: Path) -> None:
     assert expected != whole
 
 
+def test_special_tokens_are_not_part_of_a_text(tiny_model: Path) -> None:
+    runner = opened(tiny_model)
+    prompts = [Prompt(one.context, 8, ()) for one in random_continuations()]
+    whole = [text.split() for text in runner.texts(prompts)]
+    special = whole[0][2]
+    runner.tokenizer.add_special_tokens({"additional_special_tokens": [special]})
+
+    texts = list(runner.texts(prompts))
+
+    expected = [[word for word in words if word != special] for words in whole]
+    assert [text.split() for text in texts] == expected
+
+
 def test_how_its_makers_sample_changes_no_text(
     tiny_model: Path, model_copy: Path
 ) -> None:
@@ -182,6 +196,9 @@ def test_what_a_runner_tells_of_itself(tiny_checkpoint: Path, tiny_model: Path) 
     assert runner.identity == opened(tiny_checkpoint).identity
     assert runner.identity != opened(tiny_model).identity
     assert runner.identity != opened(tiny_checkpoint, dequantize=True).identity
+    half = open_transformers(str(tiny_model), torch.float16, CPU, 4096, dequantize=True)
+    assert half.dtype == "float16"
+    assert half.identity != opened(tiny_model).identity
 
 
 def test_the_identity_tells_whether_activations_are_rounded(
