@@ -39,6 +39,7 @@ def test_no_file(tmp_path: Path) -> None:
         ({"scores": [], "versions": {}}, "scores: "),
         ({"scores": [SCORE | {"value": "nan"}], "versions": {}}, "scores.0.value: "),
         ({"scores": [SCORE | {"extra": 1}], "versions": {}}, "scores.0.extra: "),
+        ({"scores": [SCORE | {"limit": 0}], "versions": {}}, "scores.0.limit: "),
     ],
 )
 def test_malformed_scores(tmp_path: Path, content: object, fault: str) -> None:

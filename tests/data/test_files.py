@@ -103,6 +103,9 @@ def test_file_that_is_not_json(tmp_path: Path) -> None:
 def test_the_first_name_that_exists_is_found(tmp_path: Path) -> None:
     excerpt = write(tmp_path / "excerpt.txt.gz", b"")
     assert find_file(tmp_path, "train.txt", "excerpt.txt") == excerpt
+    (tmp_path / "train.txt").mkdir()
+    assert find_file(tmp_path, "train.txt", "excerpt.txt") == excerpt
+    (tmp_path / "train.txt").rmdir()
     train = write(tmp_path / "train.txt", b"")
     assert find_file(tmp_path, "train.txt", "excerpt.txt") == train
 

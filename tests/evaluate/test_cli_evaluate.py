@@ -74,6 +74,7 @@ def test_every_task_beside_the_16_bit_model(
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {line["model"] for line in lines} == {"scored", "tiny-llama"}
     judged = [line for line in lines if line.get("metric") == "execution_accuracy"]
+    assert len(judged) == 4
     assert all(line["detail"].startswith("fails: ") for line in judged)
     assert "| wikitext2, limit 3 | perplexity |" in result.stdout
     assert "| 0.25 |" in result.stdout

@@ -7,6 +7,7 @@ from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.evaluate.questions import Questions, completion_loss
 from tacq_vllm.evaluate.runner import Prompt
 from tacq_vllm.evaluate.samples import SampleLog
+from tacq_vllm.evaluate.text import perplexity
 from tests.conftest import Recorder
 from tests.evaluate.conftest import Parrot, respond
 from tests.evaluate.test_questions import ITEMS
@@ -66,6 +67,16 @@ def test_what_a_model_says_is_in_the_log_as_it_says_it(tmp_path: Path) -> None:
 
     assert (text, again.asked) == (answer, [])
     assert "Zürich" in path.read_text(encoding="utf-8")
+
+
+def test_every_window_has_its_loss_in_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+
+    perplexity("c4", ["abcdefgh"], 3, None, respond(Parrot(), SampleLog(path)))
+
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    scored = [line for line in lines if line.get("metric") == "loss"]
+    assert [(line["item"], line["value"]) for line in scored] == [(0, 0.5), (1, 0.5)]
 
 
 def test_another_model_is_asked_anew(tmp_path: Path) -> None:

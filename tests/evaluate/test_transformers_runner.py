@@ -30,6 +30,18 @@ def opened(folder: Path, *, dequantize: bool = False) -> TransformersRunner:
     )
 
 
+def lengths_read(runner: TransformersRunner) -> list[int]:
+    """A list that gets the number of tokens of whatever goes through the model."""
+    read: list[int] = []
+
+    def note(module: torch.nn.Module, args: tuple, options: dict) -> None:
+        tokens = args[0] if args else options["input_ids"]
+        read.append(tokens.shape[1])
+
+    runner._model.register_forward_pre_hook(note, with_kwargs=True)
+    return read
+
+
 def random_continuations() -> list[Continuation]:
     """Some begin alike, one begins as a whole other one does."""
     generator = torch.Generator().manual_seed(0)
@@ -84,10 +96,7 @@ def test_what_prompts_share_goes_through_the_model_once(
 ) -> None:
     """Two subjects of three questions each, two of which share a word more."""
     runner = opened(request.getfixturevalue(model))
-    read: list[int] = []
-    runner._model.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(args[0].shape[1]), with_kwargs=True
-    )
+    read = lengths_read(runner)
     subjects = [tuple(range(3, 43)), (*range(3, 13), *range(50, 80))]
     questions = [(90, 91, 92), (90, 93, 94), (95, 96)]
     asked = [
@@ -133,12 +142,16 @@ def test_a_stop_ends_a_text_and_is_not_part_of_it(tiny_model: Path) -> None:
     runner = opened(tiny_model)
     (tokens,) = {one.context for one in random_continuations()[1:2]}
     (whole,) = runner.texts([Prompt(tokens, 8, ())])
-    stop = whole.split()[3]
+    words = whole.split()
+    stop = words[3]
+    read = lengths_read(runner)
 
     (text,) = runner.texts([Prompt(tokens, 8, (stop,))])
 
     assert text == cut_at_stop(whole, (stop,))
     assert stop not in text
+    # What would follow is not even made.
+    assert read == [len(tokens)] + [1] * words.index(stop)
 
 
 def test_a_text_ends_with_the_token_that_ends_it(tiny_model: Path) -> None:
