@@ -50,6 +50,12 @@ def test_a_recipe_survives_a_round_trip() -> None:
         ({"group_size": 8}, "group_size 8: use -1 or a multiple of 16"),
         ({"group_size": 100}, "group_size 100: use -1 or a multiple of 16"),
         ({"group_size": -64}, "group_size -64: use -1 or a multiple of 16"),
+        ({"method": "slim-llm"}, "slim-llm chooses bits by group: give a group_size"),
+        (
+            {"method": "fineq", "bits": 2, "group_size": 48},
+            "group_size 48: of fineq it is -1, the whole row, or a multiple of 96",
+        ),
+        ({"bits": 5, "group_size": "x"}, "bits: .*; group_size: "),
         ({"outliers": {"ratio": 1.0}}, r"outliers\.ratio: "),
         ({"outliers": {"saliency": "luck"}}, r"outliers\.saliency: "),
         ({"calibration": {"num_samples": 0}}, r"calibration\.num_samples: "),
@@ -86,6 +92,62 @@ def test_files_that_are_no_recipes(tmp_path: Path, content: bytes, reason: str) 
         load_recipe(str(path))
 
 
+def test_what_a_recipe_leaves_open() -> None:
+    """The figures in docs/results.md were measured with these."""
+    assert Recipe().model_dump() == {
+        "method": "tacq",
+        "bits": 3,
+        "group_size": -1,
+        "calibration": {
+            "sources": ("self",),
+            "num_samples": 128,
+            "seq_len": 2048,
+            "packing": False,
+            "loss": "all",
+            "seed": 0,
+            "temperature": 0.7,
+        },
+        "outliers": {
+            "ratio": 0.0035,
+            "saliency": "tacq",
+            "scope": "model",
+            "kept_value": "original",
+        },
+        "gptq": {
+            "damp_percent": 0.01,
+            "block_size": 128,
+            "activation_order": True,
+            "refit_scales": True,
+            "grid_steps": 80,
+            "grid_max_shrink": 0.8,
+            "grid_norm": 2.4,
+        },
+        "squeezellm": {
+            "sensitive_ratio": 0.0005,
+            "outlier_ratio": 0.0045,
+            "iterations": 50,
+        },
+        "spqr": {
+            "code_bits": None,
+            "group_size": 16,
+            "statistics_bits": 3,
+            "statistics_group_size": 16,
+            "outlier_ratio": 0.016,
+            "outlier_threshold": None,
+            "damp_percent": 1.0,
+        },
+        "slim_llm": {
+            "salience_weight": 1.0,
+            "salience_deviations": 2.0,
+            "search_range": 0.1,
+            "search_steps": 50,
+            "search_tokens": 4096,
+        },
+        "fineq": {"rounding": "nearest", "keep_outliers": False},
+        "export": {"dtype": "auto", "max_shard_bytes": 4_000_000_000},
+    }
+
+
 def test_overrides_replace_single_fields() -> None:
     recipe = Recipe(bits=2)
 
@@ -96,6 +158,7 @@ def test_overrides_replace_single_fields() -> None:
     assert changed.bits == 2
     assert changed.group_size == 64
     assert changed.calibration.seed == 7
+    assert recipe.calibration.seed == 0
     assert changed.calibration.seq_len == recipe.calibration.seq_len
     assert recipe.group_size == -1
 
@@ -103,6 +166,28 @@ def test_overrides_replace_single_fields() -> None:
 def test_overrides_are_checked() -> None:
     with pytest.raises(RecipeError, match=r"options: calibration\.seed: "):
         override_recipe(Recipe(), {"calibration.seed": -1})
+
+
+@pytest.mark.parametrize(
+    ("fields", "reads"),
+    [
+        ({"method": "tacq"}, True),
+        ({"method": "gptq"}, True),
+        ({"method": "squeezellm"}, True),
+        ({"method": "rtn"}, False),
+        ({"method": "fineq", "bits": 2}, False),
+        ({"method": "fineq", "bits": 2, "fineq": {"rounding": "gptq"}}, True),
+        ({"method": "fineq", "bits": 2, "fineq": {"keep_outliers": True}}, True),
+    ],
+)
+def test_what_needs_text(fields: dict[str, Any], reads: bool) -> None:
+    assert Recipe.model_validate(fields).reads_calibration is reads
+
+
+def test_a_checkpoint_does_not_tell_where_its_text_lay() -> None:
+    recipe = Recipe.model_validate({"calibration": {"sources": ["c4", "/home/a.txt"]}})
+
+    assert published_choices(recipe)["calibration"]["sources"] == ["c4", "a.txt"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`tacq compare`, on the tiny model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,10 +124,19 @@ def test_another_task_is_added_to_the_rows(
     assert "gsm8k loss" in result.stdout.splitlines()[0]
 
 
+@pytest.mark.parametrize("changed", ["limit", "window", "recipe", "model"])
 def test_rows_measured_otherwise_are_not_in_the_table(
-    tiny_model: Path, root: Path, output: Path
+    tiny_model: Path, root: Path, output: Path, tmp_path: Path, changed: str
 ) -> None:
-    result = compare(tiny_model, output, root, methods="gptq", limit=2)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("export: {dtype: float16}\n")
+    values = {"limit": 2, "window": 32, "recipe": recipe}
+    options = {changed: values[changed]} if changed in values else {}
+    model = tiny_model
+    if changed == "model":
+        model = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+
+    result = compare(model, output, root, methods="gptq", **options)
 
     assert result.exit_code == 0, result.output
     assert len(result.stdout.splitlines()) == 4

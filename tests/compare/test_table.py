@@ -84,13 +84,18 @@ def test_a_row_gets_more_tasks() -> None:
             Score(task="gsm8k", metric="loss", value=1.0),
         ),
         tasks=("mmlu", "gsm8k-loss"),
+        versions={"lm-eval": "2", "torch": "3"},
+    )
+    earlier = BASE.model_copy(
+        update={"tasks": ("c4",), "versions": {"torch": "3", "tacq-vllm": "1"}}
     )
 
-    row = BASE.extended(later)
+    row = earlier.extended(later)
 
     values = [(score.task, score.value) for score in row.scores]
     assert values == [("c4", 20.0), ("mmlu", 0.5), ("gsm8k", 1.0)]
-    assert row.tasks == ("mmlu", "gsm8k-loss")
+    assert row.tasks == ("c4", "mmlu", "gsm8k-loss")
+    assert row.versions == {"tacq-vllm": "1", "torch": "3", "lm-eval": "2"}
 
 
 def test_rows_on_disk(tmp_path: Path) -> None:
