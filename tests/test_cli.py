@@ -107,6 +107,34 @@ def test_help_tells_the_choices_that_a_recipe_leaves() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("evaluate", {"backend": "hf", "dtype": "float32", "dequantize": False}),
+        (
+            "compare",
+            {
+                "methods": "gptq,tacq",
+                "bits": "3",
+                "group_size": "64",
+                "calibration": "wikitext2",
+                "seeds": "0",
+                "num_samples": 64,
+                "seq_len": 512,
+            },
+        ),
+    ],
+)
+def test_what_scores_depend_on_unless_it_is_said(
+    command: str, defaults: dict[str, object]
+) -> None:
+    common = {"window": 1024, "max_length": 4096, "limit": None, "device": "auto"}
+    chosen = {p.name: p.default for p in get_command(app).commands[command].params}
+
+    expected = defaults | common
+    assert {name: chosen[name] for name in expected} == expected
+
+
 def test_every_option_and_argument_is_explained() -> None:
     for name, command in get_command(app).commands.items():
         for parameter in command.params:

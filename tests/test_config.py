@@ -10,6 +10,7 @@ from tacq_vllm.config import (
     override_recipe,
     parse_section,
     published_choices,
+    read_yaml,
     recipe_folder,
 )
 
@@ -90,6 +91,11 @@ def test_files_that_are_no_recipes(tmp_path: Path, content: bytes, reason: str) 
 
     with pytest.raises(RecipeError, match=rf"mine\.yaml: {reason}"):
         load_recipe(str(path))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"{tmp_path}: Is a directory; give a .yaml"):
+        read_yaml(tmp_path)
 
 
 def test_what_a_recipe_leaves_open() -> None:

@@ -10,8 +10,11 @@ from typer.testing import CliRunner, Result
 
 from tacq_vllm.cli import app
 from tacq_vllm.compare.rows import RESULTS_NAME, Row
+from tacq_vllm.format.inspection import inspect_checkpoint
+from tacq_vllm.scores import read_scores_file
+from tests.builders import quantize_arguments
 from tests.evaluate.conftest import make_data
-from tests.test_cli import assert_one_line
+from tests.test_cli import assert_one_line, tacq
 
 
 def read_results(folder: Path) -> list[Row]:
@@ -73,7 +76,16 @@ def test_a_row_for_each_model(output: Path) -> None:
         assert (score.task, score.metric, score.limit) == ("wikitext2", "perplexity", 3)
         assert score.baseline is not None
         assert row.model == "tiny-llama"
-        assert row.settings["calibration"] == "2 x 32"
+        assert len(row.settings.pop("recipe")) == 8
+        assert row.settings == {
+            "backend": "hf",
+            "dtype": "float32",
+            "max_length": "4096",
+            "data": "folder",
+            "window": "64",
+            "limit": "3",
+            "calibration": "2 x 32",
+        }
     by_method = dict(zip(methods, rows, strict=True))
     assert by_method["16-bit"].effective_bits == 16.0
     assert by_method["16-bit"].scores[0].recovery == pytest.approx(100.0)
@@ -83,6 +95,33 @@ def test_a_row_for_each_model(output: Path) -> None:
     table = (output / "table.md").read_text().splitlines()
     assert len(table) == 5
     assert table[0].endswith("| wikitext2 perplexity |")
+
+
+def test_a_row_has_the_figures_of_its_model(
+    tiny_model: Path, root: Path, output: Path, tmp_path: Path
+) -> None:
+    """Made and measured by the commands that do so one at a time."""
+    made, scores = tmp_path / "made", tmp_path / "scores.json"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("gptq: {grid_steps: 4}\n")
+    own = {"method": "gptq", "recipe": recipe, "data_root": root}
+    measuring = ["--tasks", "wikitext2", "--data-root", root, "--window", 64]
+    measuring += ["--limit", 3, "--dequantize", "--device", "cpu", "--json", scores]
+
+    assert tacq(*quantize_arguments(tiny_model, made, "c4", **own)).exit_code == 0
+    figures = []
+    for model in (tiny_model, made):
+        result = tacq("evaluate", model, *map(str, measuring))
+        assert result.exit_code == 0, result.output
+        (score,) = read_scores_file(scores).scores
+        figures.append((score.value, score.stderr))
+
+    rows = {row.cell and row.cell.method: row for row in read_results(output)}
+    compared = [rows[method].scores[0] for method in (None, "gptq")]
+    assert [(score.value, score.stderr) for score in compared] == figures
+    assert compared[1].baseline == figures[0][0] != figures[1][0]
+    bits = inspect_checkpoint(made).effective_bits
+    assert rows["gptq"].effective_bits == bits
 
 
 def test_pictures(output: Path) -> None:

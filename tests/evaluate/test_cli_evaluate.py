@@ -213,6 +213,14 @@ def test_a_model_that_is_none(root: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_model_of_a_kind_that_nobody_knows(model_copy: Path, root: Path) -> None:
+    (model_copy / "config.json").write_text('{"model_type": "nonsense"}')
+
+    assert_one_line(
+        evaluate(model_copy, "wikitext2", root), f"{model_copy}: cannot be loaded: "
+    )
+
+
 def test_a_checkpoint_that_is_damaged(checkpoint_copy: Path, root: Path) -> None:
     weights = checkpoint_copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])

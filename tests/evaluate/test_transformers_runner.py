@@ -234,6 +234,8 @@ def test_the_identity_of_a_file_whose_name_is_a_pattern(tmp_path: Path) -> None:
     file = tmp_path / "model[1].gguf"
     file.write_bytes(b"one")
     before = model_identity(locate_model(str(file)))
+    (tmp_path / "model1.gguf").write_bytes(b"beside it")
+    assert model_identity(locate_model(str(file))) == before
 
     file.write_bytes(b"another")
 
