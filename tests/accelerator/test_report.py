@@ -5,12 +5,21 @@ import pytest
 import torch
 
 import tacq_vllm.accelerator
+from tacq_vllm.accelerator import report
 from tacq_vllm.accelerator.__main__ import main
-from tacq_vllm.accelerator.array import run_tile
-from tacq_vllm.accelerator.costs import array_area, element_area, layer_traffic
+from tacq_vllm.accelerator.array import Counts, run_tile
+from tacq_vllm.accelerator.costs import (
+    Traffic,
+    array_area,
+    array_energy,
+    element_area,
+    layer_traffic,
+    traffic_energy,
+)
 from tacq_vllm.accelerator.design import MAC_3, MAC_8, TEMPORAL, ArraySize
 from tacq_vllm.accelerator.layers import (
     Layer,
+    LayerWork,
     MissingModelError,
     gguf_layers,
     measure_layer,
@@ -18,7 +27,12 @@ from tacq_vllm.accelerator.layers import (
     random_activations,
     random_layer,
 )
-from tacq_vllm.accelerator.report import area_table, replace_tables, tile_table
+from tacq_vllm.accelerator.report import (
+    area_table,
+    layer_tables,
+    replace_tables,
+    tile_table,
+)
 
 README = Path(tacq_vllm.accelerator.__file__).with_name("README.md")
 
@@ -90,6 +104,52 @@ def test_traffic_by_hand():
     assert wide.memory_bytes - traffic.memory_bytes == 64 * (96 - 28)
 
 
+def test_energies_by_hand():
+    # 64 bits: 100 pJ from a cache of 1 MB, 1.3 nJ from memory.
+    assert traffic_energy(Traffic(16, 8)) == (200, 1300)
+    counts = Counts(cycles=9, multiplications=2, additions=5, clocked_bits=7)
+    shared = 7 * 7.936518e-3 + 3 * 1.062977e-3
+    assert array_energy(counts, 3, MAC_8) == pytest.approx(2 * 0.2 + 5 * 0.1 + shared)
+    smaller = 2 * 0.2 * 3 / 8 + 5 * 0.1 * 24 / 32
+    assert array_energy(counts, 3, MAC_3) == pytest.approx(smaller + shared)
+
+
+def test_what_designs_do_is_compared_by_hand(monkeypatch):
+    layer = random_layer("layer", 4, 24, rows=4)
+    works = {
+        design: LayerWork(
+            Counts(1000 * cycles, 1e6 * cycles, 2e6 * cycles, 0),
+            toggles=3e6 * cycles,
+            traffic=Traffic(4e6 * cycles, 5e6 * cycles),
+            array_pj=array_pj,
+            buffer_pj=2e6,
+            memory_pj=memory_pj,
+        )
+        for design, cycles, array_pj, memory_pj in (
+            (TEMPORAL, 4, 1e6, 4e6),
+            (MAC_8, 2, 2e6, 10e6),
+            (MAC_3, 1, 4e6, 1e6),
+        )
+    }
+    monkeypatch.setattr(report, "measure_layer", lambda _, design, size: works[design])
+
+    lines = layer_tables([layer]).splitlines()
+
+    assert lines[2] == (
+        "| layer | MAC, 8 x 8 bits | 2.0 | 2.0 | 4.0 | 6.0 | 8.00 | 10.00 | 2.00 "
+        "| 2.00 | 10.00 |"
+    )
+    area = {design: array_area(design, report.SIZE) for design in works}
+    for line, design, figures in (
+        (lines[8], MAC_8, ("2.00x", "2.00x", "1.33x", "2.00x")),
+        (lines[9], MAC_3, ("4.00x", "4.00x", "2.00x", "1.00x")),
+    ):
+        cycles = works[design].counts.cycles / works[TEMPORAL].counts.cycles
+        per_area = f"{cycles * area[design] / area[TEMPORAL]:.2f}x"
+        cells = ("layer", design.name, figures[0], per_area, *figures[1:])
+        assert line == f"| {' | '.join(cells)} |"
+
+
 @pytest.mark.parametrize("design", [TEMPORAL, MAC_3], ids=lambda design: design.name)
 def test_a_whole_layer_is_the_sum_of_its_tiles(design):
     size = ArraySize(4, 3)
@@ -104,6 +164,8 @@ def test_a_whole_layer_is_the_sum_of_its_tiles(design):
     assert work.counts.additions == sum(run.counts.additions for run in runs)
     assert work.counts.clocked_bits == sum(run.counts.clocked_bits for run in runs)
     assert work.toggles == 3 * runs[0].toggles
+    assert work.array_pj == array_energy(work.counts, work.toggles, design)
+    assert (work.buffer_pj, work.memory_pj) == traffic_energy(work.traffic)
 
 
 def test_sampled_rows_stand_for_all():

@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from tacq_vllm.cli import app
 from tacq_vllm.compare.rows import RESULTS_NAME, Row
+from tacq_vllm.compare.run import ROWS_FOLDER, WORK_FOLDER, check_folder
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.scores import read_scores_file
 from tests.builders import quantize_arguments
@@ -76,6 +77,9 @@ def test_a_row_for_each_model(output: Path) -> None:
         assert (score.task, score.metric, score.limit) == ("wikitext2", "perplexity", 3)
         assert score.baseline is not None
         assert row.model == "tiny-llama"
+        assert row.peak_bytes is not None
+        # PyTorch alone takes more than that.
+        assert 100e6 < row.peak_bytes < 100e9
         assert len(row.settings.pop("recipe")) == 8
         assert row.settings == {
             "backend": "hf",
@@ -244,6 +248,14 @@ def test_a_folder_of_something_else(
     ):
         assert_one_line(compare(tiny_model, output, root), reason)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", [ROWS_FOLDER, WORK_FOLDER])
+def test_a_folder_in_which_a_comparison_was_killed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").write_text("notes")
+
+    check_folder(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made(

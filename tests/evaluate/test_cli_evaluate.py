@@ -60,6 +60,7 @@ def test_every_task_beside_the_16_bit_model(
     assert all(score.limit == 3 for score in written.scores)
     assert all(score.baseline is not None for score in written.scores)
     assert found["mmlu", "accuracy"].chance == 0.25
+    assert found["gsm8k", "exact_match"].chance is None
     assert found["gsm8k", "loss"].stderr is not None
     assert written.settings == {
         "model": "scored",

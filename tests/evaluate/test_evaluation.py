@@ -1,7 +1,12 @@
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+from tacq_vllm.evaluate.backends import Backend
 from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.evaluate.evaluation import check_baseline, with_baseline
+from tacq_vllm.evaluate.tasks import Protocol
 from tacq_vllm.scores import Score, Scores
 
 SETTINGS = {"model": "a", "backend": "hf", "window": "1024"}
@@ -47,3 +52,15 @@ def test_a_baseline_that_was_measured_otherwise() -> None:
     check_baseline(baseline, {"backend": "hf", "window": "512"}, [], None)
     with pytest.raises(EvaluateError, match="with window 512, this model is to be"):
         check_baseline(baseline, {"backend": "hf", "window": "1024"}, [], None)
+
+
+def test_what_scores_that_are_compared_have_in_common() -> None:
+    backend = Backend("vllm", "bfloat16", 128, torch.device("cpu"), dequantize=False)
+
+    assert backend.settings == {
+        "backend": "vllm",
+        "dtype": "bfloat16",
+        "max_length": "128",
+    }
+    assert Protocol(None, 3, 64).settings == {"data": "Hub", "window": "64"}
+    assert Protocol(Path("x"), 3, 64).settings["data"] == "folder"
