@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -23,7 +25,7 @@ from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.quantize.progress import Progress as RunProgress
 from tacq_vllm.recover.config import RecoverConfig
-from tacq_vllm.terminal import RichListener
+from tacq_vllm.terminal import LogListener, RichListener, ends_at_once
 from tests.builders import (
     quantize_arguments,
     rewrite_schema,
@@ -317,6 +319,36 @@ def test_notes_and_phases_on_a_terminal() -> None:
     assert "gradients: [taken] from the work folder" in shown.getvalue()
     assert "quantization" in shown.getvalue()
     assert "100%" in shown.getvalue()
+
+
+def test_steps_and_the_time_left_in_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 10.0, 30.0])
+    monkeypatch.setattr("tacq_vllm.terminal.perf_counter", lambda: next(times))
+
+    with RunProgress(LogListener()).phase("quantization", 4) as phase:
+        phase.advance(1, "[first]")
+        phase.advance(2)
+
+    assert capsys.readouterr().err.splitlines()[:3] == [
+        "quantization: 4 steps",
+        "quantization 1/4  [first]  30 s left",
+        "quantization 3/4  10 s left",
+    ]
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.default_int_handler])
+def test_ctrl_c_is_heard_only_by_who_hears_it_anyway(before: Any) -> None:
+    own = signal.signal(signal.SIGINT, before)
+    try:
+        with ends_at_once():
+            within = signal.getsignal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, own)
+
+    assert (within is before) is (before is signal.SIG_IGN)
 
 
 def test_inspect_what_is_no_checkpoint(tiny_model: Path, tmp_path: Path) -> None:

@@ -168,11 +168,13 @@ def test_a_setting_that_is_not_known(tiny_checkpoint: Path):
 
 
 def test_the_kernel_of_each_linear(monkeypatch, faults, tiny_checkpoint: Path):
+    monkeypatch.setattr(doctor, "kernel_name", lambda packed, dtype: f"of {dtype}")
+
     result = CliRunner().invoke(app, ["doctor", str(tiny_checkpoint)])
 
     assert result.exit_code == 0, result.stdout
     for name in read_schema(tiny_checkpoint).linears:
-        assert f"{name}: reference" in result.stdout
+        assert f"{name}: of torch.bfloat16\n" in result.stdout
 
 
 def test_a_folder_without_a_checkpoint(tmp_path: Path):

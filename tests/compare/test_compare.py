@@ -95,7 +95,9 @@ def test_a_row_for_each_model(output: Path) -> None:
     assert by_method["16-bit"].scores[0].recovery == pytest.approx(100.0)
     gptq, kept = by_method["gptq"], by_method["magnitude"]
     assert 3.0 < gptq.effective_bits < kept.effective_bits < 6.0
-    assert "quantization" in gptq.seconds
+    for row in (gptq, kept):
+        assert "quantization" in row.seconds
+        assert not any("wikitext2" in phase for phase in row.seconds)
     table = (output / "table.md").read_text().splitlines()
     assert len(table) == 5
     assert table[0].endswith("| wikitext2 perplexity |")
@@ -285,6 +287,18 @@ def test_a_source_that_no_method_reads(
     result = compare(tiny_model, tmp_path / "out", root, **options)
 
     assert result.exit_code == 0, result.output
+
+
+def test_a_simulated_model_has_a_row_and_no_map(
+    tiny_model: Path, root: Path, tmp_path: Path
+) -> None:
+    result = compare(tiny_model, tmp_path / "out", root, methods="spqr")
+
+    assert result.exit_code == 0, result.output
+    (row,) = (row for row in read_results(tmp_path / "out") if row.cell)
+    assert row.cell is not None
+    assert (row.cell.method, row.cell.group_size) == ("spqr", 16)
+    assert not (tmp_path / "out" / "outliers").exists()
 
 
 def test_a_cell_that_cannot_be_made(
