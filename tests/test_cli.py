@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from tacq_vllm import __version__
 from tacq_vllm.cli import app
+from tacq_vllm.cli_options import DeviceOption, split_names, torch_device
 from tacq_vllm.config import Recipe
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME
 from tacq_vllm.format.inspection import inspect_checkpoint
@@ -349,6 +350,19 @@ def test_ctrl_c_is_heard_only_by_who_hears_it_anyway(before: Any) -> None:
         signal.signal(signal.SIGINT, own)
 
     assert (within is before) is (before is signal.SIG_IGN)
+
+
+@pytest.mark.parametrize(("option", "kind"), [("auto", "cuda"), ("cpu", "cpu")])
+def test_a_device_is_what_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, option: str, kind: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+    assert torch_device(DeviceOption(option)).type == kind
+
+
+def test_names_with_commas_count_once() -> None:
+    assert split_names("gptq, rtn,,gptq,") == ["gptq", "rtn"]
 
 
 def test_inspect_what_is_no_checkpoint(tiny_model: Path, tmp_path: Path) -> None:

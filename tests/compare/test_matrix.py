@@ -29,7 +29,8 @@ def test_every_combination_once() -> None:
 def test_a_method_with_groups_of_its_own_is_one_cell() -> None:
     choices = matrix(methods=["rtn", "spqr", "squeezellm"], group_sizes=[64, 128])
 
-    cells = choices.cells(Recipe(spqr={"group_size": 8}))  # type: ignore[arg-type]
+    base = Recipe(spqr={"group_size": 8})  # type: ignore[arg-type]
+    cells = choices.cells(base)
 
     assert [(cell.method, cell.group_size) for cell in cells] == [
         ("rtn", 64),
@@ -37,6 +38,7 @@ def test_a_method_with_groups_of_its_own_is_one_cell() -> None:
         ("squeezellm", -1),
         ("rtn", 128),
     ]
+    assert [cell.recipe(base).own_group_size for cell in cells] == [64, 8, -1, 128]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -76,6 +76,14 @@ def test_groups_and_metrics() -> None:
     assert metrics_of(ROWS) == [("c4", "perplexity"), ("mmlu", "accuracy")]
 
 
+def test_effective_bits_are_the_mean_over_the_seeds() -> None:
+    other = row("gptq", 40.0, seed=1).model_copy(update={"effective_bits": 4.0})
+
+    (group,) = group_rows([row("gptq", 50.0), other])
+
+    assert group.effective_bits == 3.75
+
+
 def test_a_row_gets_more_tasks() -> None:
     later = Row(
         model="m",

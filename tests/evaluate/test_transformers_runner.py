@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
+from tacq_vllm.evaluate.backends import Backend, open_runner
 from tacq_vllm.evaluate.loading import model_identity
 from tacq_vllm.evaluate.runner import Continuation, Prompt, cut_at_stop
 from tacq_vllm.evaluate.text import perplexity
@@ -16,6 +17,7 @@ from tacq_vllm.evaluate.transformers_runner import (
     open_transformers,
 )
 from tacq_vllm.kernels import ops
+from tacq_vllm.layers import TacqLinear
 from tacq_vllm.quantize.source import locate_model
 from tests.conftest import SIZES, VOCAB_SIZE, make_text, save_random
 from tests.evaluate.conftest import respond
@@ -212,6 +214,19 @@ def test_what_a_runner_tells_of_itself(tiny_checkpoint: Path, tiny_model: Path) 
     half = open_transformers(str(tiny_model), torch.float16, CPU, 4096, dequantize=True)
     assert half.dtype == "float16"
     assert half.identity != opened(tiny_model).identity
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_backend_decides_how_a_model_is_opened(
+    tiny_checkpoint: Path, dequantize: bool
+) -> None:
+    backend = Backend("hf", "float16", 64, CPU, dequantize)
+
+    with open_runner(str(tiny_checkpoint), backend) as runner:
+        assert (runner.dtype, runner.max_length) == ("float16", 64)
+        modules = list(runner._model.modules())  # type: ignore[attr-defined]
+
+    assert any(isinstance(one, TacqLinear) for one in modules) is not dequantize
 
 
 def test_the_identity_tells_whether_activations_are_rounded(
