@@ -1,5 +1,6 @@
 """The commands that show and check, and what all commands have in common."""
 
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from torch import Tensor
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from tacq_vllm import __version__
+from tacq_vllm import __version__, cli
 from tacq_vllm.cli import app
 from tacq_vllm.cli_options import DeviceOption, split_names, torch_device
 from tacq_vllm.config import Recipe
@@ -26,7 +27,12 @@ from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.json_object import read_json
 from tacq_vllm.quantize.progress import Progress as RunProgress
 from tacq_vllm.recover.config import RecoverConfig
-from tacq_vllm.terminal import LogListener, RichListener, ends_at_once
+from tacq_vllm.terminal import (
+    LogListener,
+    RichListener,
+    ends_at_once,
+    print_failure,
+)
 from tests.builders import (
     quantize_arguments,
     rewrite_schema,
@@ -180,6 +186,8 @@ def test_inspect_as_text(tiny_checkpoint: Path) -> None:
     result = tacq("inspect", tiny_checkpoint)
 
     assert result.exit_code == 0
+    for linear in figures.linears:
+        assert f" {100 * linear.outliers / linear.weights:.3f} " in result.stdout
     assert f"effective bits {figures.effective_bits:.4f}" in result.stdout
     assert f"paper's formula {figures.paper_bits:.4f}" in result.stdout
     assert "3 bits, a scale per 32 columns, bfloat16; 258 of 73,728" in result.stdout
@@ -337,6 +345,28 @@ def test_steps_and_the_time_left_in_a_log(
         "quantization 1/4  [first]  30 s left",
         "quantization 3/4  10 s left",
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes differ"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_is_want_of_memory(error: Exception, is_memory: bool) -> None:
+    assert cli._is_out_of_memory(error) is is_memory
+
+
+def test_a_failure_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    print_failure("[two]\n  lines\n")
+
+    assert capsys.readouterr().err == "tacq: [two] lines\n"
 
 
 @pytest.mark.parametrize("before", [signal.SIG_IGN, signal.default_int_handler])

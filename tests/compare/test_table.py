@@ -134,3 +134,60 @@ def test_pictures_of_what_there_is(tmp_path: Path) -> None:
     assert [path.name for path in few] == ["bits.png"]
     assert [path.stem for path in many] == ["bits", "saliency", "recovery"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in many)
+
+
+def test_what_pictures_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="the pictures need the extra `plots`")
+    from matplotlib.figure import Figure
+
+    from tacq_vllm.compare.pictures import draw_pictures
+
+    def keep(figure: Figure, path: Path, **options: object) -> None:
+        shown[path.name.split(".")[0]] = figure
+        path.touch()
+
+    shown: dict[str, Figure] = {}
+    monkeypatch.setattr(Figure, "savefig", keep)
+    cells = [
+        row("tacq", 30.0),
+        row("gptq", 50.0),
+        row("msg", 25.0),
+        row("gptq", 100.0, bits=2),
+        row("tacq", 40.0, source="gsm8k"),
+    ]
+
+    draw_pictures(with_baselines([BASE, *cells], BASE), tmp_path)
+
+    perplexity, accuracy = shown["bits"].axes
+    assert (perplexity.get_title(), accuracy.get_title()) == (
+        "c4 perplexity",
+        "mmlu accuracy",
+    )
+    assert perplexity.get_yscale() == "log"
+    lines = {
+        line.get_label(): line.get_xydata().tolist() for line in perplexity.get_lines()
+    }
+    assert lines.pop("16-bit") == [[0.0, 20.0], [1.0, 20.0]]
+    assert lines == {
+        "gptq, c4": [[2.5, 100.0], [3.5, 50.0]],
+        "tacq, c4": [[3.5, 30.0]],
+        "msg, c4": [[3.5, 25.0]],
+        "tacq, gsm8k": [[3.5, 40.0]],
+    }
+
+    (bars,) = shown["saliency"].axes
+    heights = {
+        part.get_label(): [bar.get_height() for bar in part] for part in bars.containers
+    }
+    assert heights == {"gptq": [50.0], "tacq": [30.0], "msg": [25.0]}
+
+    (shares,) = shown["recovery"].axes
+    assert shares.get_title() == "tacq, 3 bits, groups of 64"
+    sources = [label.get_text() for label in shares.get_yticklabels()]
+    assert [(*text.get_position(), text.get_text()) for text in shares.texts] == [
+        (0, 0, "67 %"),
+        (1, 0, "75 %"),
+        (0, 1, "50 %"),
+        (1, 1, "75 %"),
+    ]
+    assert sources == ["c4", "gsm8k"]
