@@ -152,7 +152,7 @@ def test_what_pictures_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         row("tacq", 30.0),
         row("gptq", 50.0),
         row("msg", 25.0),
-        row("gptq", 100.0, bits=2),
+        row("gptq", 100.0, bits=2).model_copy(update={"effective_bits": 4.0}),
         row("tacq", 40.0, source="gsm8k"),
     ]
 
@@ -169,7 +169,7 @@ def test_what_pictures_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }
     assert lines.pop("16-bit") == [[0.0, 20.0], [1.0, 20.0]]
     assert lines == {
-        "gptq, c4": [[2.5, 100.0], [3.5, 50.0]],
+        "gptq, c4": [[3.5, 50.0], [4.0, 100.0]],
         "tacq, c4": [[3.5, 30.0]],
         "msg, c4": [[3.5, 25.0]],
         "tacq, gsm8k": [[3.5, 40.0]],

@@ -111,6 +111,21 @@ def test_a_file_of_scores_is_a_baseline(
     )
 
 
+def test_a_model_that_is_unpacked_first_is_asked_anew(
+    tiny_checkpoint: Path, root: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.jsonl"
+    options = ["--window", 64, "--limit", 1, "--device", "cpu", "--samples", log]
+
+    packed = evaluate(tiny_checkpoint, "wikitext2", root, *options)
+    unpacked = evaluate(tiny_checkpoint, "wikitext2", root, *options, "--dequantize")
+
+    assert (packed.exit_code, unpacked.exit_code) == (0, 0), unpacked.output
+    assert "taken from the sample log" not in unpacked.stderr
+    answers = [line for line in log.read_text().splitlines() if '"total"' in line]
+    assert len(answers) == 2
+
+
 def test_the_loss_alone_needs_no_harness_and_no_database(
     tiny_model: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
