@@ -12,8 +12,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from tacq_vllm.cli import app
+from tacq_vllm.cli_evaluate import print_scores
 from tacq_vllm.evaluate.tasks import figures
-from tacq_vllm.scores import SCORES_NAME, read_scores
+from tacq_vllm.scores import SCORES_NAME, Score, Scores, read_scores
 from tests.builders import replace, rewrite_tensors
 from tests.test_cli import assert_one_line
 
@@ -109,6 +110,28 @@ def test_a_file_of_scores_is_a_baseline(
         ),
         "the baseline has no loss of spider",
     )
+
+
+def test_every_figure_has_its_column(capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy = Score(
+        task="mmlu",
+        metric="exact_match",
+        value=0.3,
+        stderr=0.0125,
+        baseline=0.4,
+        chance=0.25,
+        limit=8,
+    )
+    perplexity = Score(task="c4", metric="perplexity", value=12.34567)
+
+    print_scores(Scores(scores=(accuracy, perplexity), versions={}))
+
+    assert capsys.readouterr().out.splitlines() == [
+        "| task | metric | value | ± | 16-bit | recovery | by chance |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| mmlu, limit 8 | exact match | 0.3 | 0.0125 | 0.4 | 75.0 % | 0.25 |",
+        "| c4 | perplexity | 12.35 |  |  |  |  |",
+    ]
 
 
 def test_a_model_that_is_unpacked_first_is_asked_anew(
