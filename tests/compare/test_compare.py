@@ -169,13 +169,15 @@ def test_another_task_is_added_to_the_rows(
     assert "gsm8k loss" in result.stdout.splitlines()[0]
 
 
-@pytest.mark.parametrize("changed", ["limit", "window", "recipe", "model"])
+@pytest.mark.parametrize(
+    "changed", ["limit", "window", "max_length", "recipe", "model"]
+)
 def test_rows_measured_otherwise_are_not_in_the_table(
     tiny_model: Path, root: Path, output: Path, tmp_path: Path, changed: str
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("export: {dtype: float16}\n")
-    values = {"limit": 2, "window": 32, "recipe": recipe}
+    values = {"limit": 2, "window": 32, "max_length": 100, "recipe": recipe}
     options = {changed: values[changed]} if changed in values else {}
     model = tiny_model
     if changed == "model":
@@ -282,11 +284,19 @@ def test_a_source_that_cannot_be_read_is_refused_at_once(
 def test_a_source_that_no_method_reads(
     tiny_model: Path, root: Path, tmp_path: Path
 ) -> None:
-    options = {"methods": "rtn", "calibration": "nowhere.txt"}
+    options = {"methods": "rtn", "calibration": "nowhere.txt", "seeds": "3,4"}
 
-    result = compare(tiny_model, tmp_path / "out", root, **options)
+    result = compare(
+        *(tiny_model, tmp_path / "out", root),
+        **options,  # type: ignore[arg-type]
+        work_dir=tmp_path / "elsewhere",
+    )
 
     assert result.exit_code == 0, result.output
+    rows = read_results(tmp_path / "out")
+    assert {row.cell.seed for row in rows if row.cell} == {3, 4}
+    assert not (tmp_path / "out" / WORK_FOLDER).exists()
+    assert (tmp_path / "elsewhere").is_dir()
 
 
 def test_a_simulated_model_has_a_row_and_no_map(
