@@ -61,13 +61,13 @@ def test_long_prompts_are_cut_on_the_left_which_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_length", "context", "max_tokens", "notes"),
+    ("max_length", "kept", "max_tokens", "notes"),
     [
-        (19, "question 0:", 8, []),
-        (18, "uestion 0:", 8, ["1 prompts and their answers are longer than the 18"]),
+        (19, 11, 8, []),
+        (18, 10, 8, ["1 prompts and their answers are longer than the 18"]),
         (
             14,
-            "tion 0:",
+            7,
             7,
             [
                 "1 prompts and their answers are longer than the 14",
@@ -77,7 +77,7 @@ def test_long_prompts_are_cut_on_the_left_which_is_told() -> None:
     ],
 )
 def test_a_prompt_leaves_room_for_what_is_generated(
-    max_length: int, context: str, max_tokens: int, notes: list[str]
+    max_length: int, kept: int, max_tokens: int, notes: list[str]
 ) -> None:
     runner, listener = Parrot(max_length=max_length), Recorder()
     prompt = Prompt(tuple(map(ord, "question 0:")), 8, (";",))
@@ -85,7 +85,7 @@ def test_a_prompt_leaves_room_for_what_is_generated(
     respond(runner, listener=listener).texts("spider", [0], [prompt])
 
     (asked,) = runner.asked
-    assert "".join(map(chr, asked.tokens)) == context
+    assert asked.tokens == prompt.tokens[-kept:]
     assert (asked.max_tokens, asked.stops) == (max_tokens, (";",))
     for note, expected in zip(listener.notes, notes, strict=True):
         assert expected in note
