@@ -20,7 +20,9 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        # Those that have a text alone would lose it.
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 
