@@ -7,7 +7,7 @@ from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.quantize.errors import QuantizeError, first_line
 from tacq_vllm.quantize.source import ModelSource, locate_model
-from tacq_vllm.quantize.workdir import fingerprint
+from tacq_vllm.quantize.workdir import file_stamp, fingerprint
 
 _DECISIVE = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model")
 
@@ -35,7 +35,4 @@ def model_identity(source: ModelSource) -> str:
         files = [source.folder / source.gguf]
     else:
         files = [path for pattern in _DECISIVE for path in source.folder.glob(pattern)]
-    status = {path.name: path.stat() for path in files}
-    return fingerprint(
-        {name: [stat.st_size, stat.st_mtime_ns] for name, stat in status.items()}
-    )
+    return fingerprint({path.name: file_stamp(path) for path in files})

@@ -24,7 +24,7 @@ from tacq_vllm.quantize.generation import generate_windows
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.samples import Sample, SampleReader, join_tokens
-from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir
+from tacq_vllm.quantize.workdir import PhaseFolder, WorkDir, file_stamp
 from tacq_vllm.quantize.world import World
 
 SELF = "self"
@@ -260,7 +260,7 @@ def _named_files(sources: Iterable[str], data_root: Path | None) -> list[list[An
     """Names, sizes and times of the files that named sets may be read from."""
     folders = [data_root / name for name in sources if data_root and name in NAMED_SETS]
     return [
-        [str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns]
+        [str(path.absolute()), *file_stamp(path)]
         for folder in folders
         for path in sorted(folder.glob("*.*"))
     ]

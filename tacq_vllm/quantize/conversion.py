@@ -12,7 +12,7 @@ from tacq_vllm.format.staging import staged_folder
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.source import ModelSource
 from tacq_vllm.quantize.weights import WeightFiles, open_weights
-from tacq_vllm.quantize.workdir import WorkDir, fingerprint
+from tacq_vllm.quantize.workdir import WorkDir, file_stamp, fingerprint
 
 _SHARD_BYTES = 2_000_000_000
 
@@ -39,8 +39,7 @@ def open_files(
     config = skeleton.config.to_json_string(use_diff=False)
     if source.gguf:
         path = source.folder / source.gguf
-        status = path.stat()
-        stamp = [str(path), status.st_size, status.st_mtime_ns]
+        stamp = [str(path), *file_stamp(path)]
         # Every time that Transformers reads a GGUF header costs seconds.
         arguments = {
             "config": deepcopy(skeleton.config),

@@ -12,6 +12,7 @@ from torch import Tensor
 from tacq_vllm.format.checkpoint import read_header, weight_files
 from tacq_vllm.format.schema import FormatError
 from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.workdir import file_stamp
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class WeightFiles:
         digest = hashlib.sha256()
         for name in sorted(set(self.file_of.values())):
             path = self.folder / name
-            status = path.stat()
-            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            size, time = file_stamp(path)
+            digest.update(f"{name} {size} {time}\n".encode())
             digest.update(read_header(path))
         return digest.hexdigest()
 

@@ -146,6 +146,12 @@ def _difference(key: str, before: Any, now: Any) -> str:
     return f"{key} was {before}, is {now}" if readable else f"{key} changed"
 
 
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Size and time of a file, by which another one of its name is told from it."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def fingerprint(content: Mapping[str, Any]) -> str:
     """Digest of JSON values, whatever the order of their keys."""
     text = json.dumps(content, sort_keys=True)

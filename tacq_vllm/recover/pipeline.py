@@ -28,7 +28,7 @@ from tacq_vllm.quantize.model import BaseModel, open_base_model
 from tacq_vllm.quantize.progress import Progress
 from tacq_vllm.quantize.samples import Sample
 from tacq_vllm.quantize.weights import open_weights
-from tacq_vllm.quantize.workdir import WorkDir, check_output
+from tacq_vllm.quantize.workdir import WorkDir, check_output, file_stamp
 from tacq_vllm.quantize.world import World
 from tacq_vllm.recover import teacher as teaching
 from tacq_vllm.recover.batches import hold_out
@@ -140,9 +140,8 @@ def _open_base(
     if name is not None:
         return open_base_model(name, device, workdir)
     # Its tokenizer and configuration count as its weights do.
-    files = [(p.name, p.stat()) for p in sorted(source.iterdir()) if p.is_file()]
-    times = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
-    folder = workdir.folder / f"dequantized-{digest([__version__, *times])[:16]}"
+    files = [(p.name, *file_stamp(p)) for p in sorted(source.iterdir()) if p.is_file()]
+    folder = workdir.folder / f"dequantized-{digest([__version__, *files])[:16]}"
     if not folder.is_dir():
         export_dequantized(source, folder, Progress())
     return open_base_model(str(folder), device, workdir)
