@@ -20,9 +20,6 @@ from tacq_vllm.kernels.triton_tuning import Tuning
 
 MAX_GEMV_TOKENS = 8
 
-CLUSTERS_TOKEN_COUNTS: tuple[int, ...] = (1, 2, 4, MAX_GEMV_TOKENS, MAX_GEMV_TOKENS + 1)
-"""Numbers of tokens that between them need every kernel."""
-
 
 def clusters_product(
     x: Tensor, linear: ClusteredLinear, bias: Tensor | None, tuning: Tuning
@@ -57,6 +54,11 @@ def clusters_dense(
         return out
 
     return DenseParts(linear.out_features, linear.in_features, tile.rows, dequantize)
+
+
+def clusters_token_counts(tuning: Tuning) -> tuple[int, ...]:
+    """Numbers of tokens that between them need every kernel."""
+    return (1, 2, 4, MAX_GEMV_TOKENS, MAX_GEMV_TOKENS + 1)
 
 
 def _gemv(

@@ -10,6 +10,9 @@ Nothing is added up in the order in which programs end: the same inputs give the
 bits.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,11 +21,11 @@ from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels.tiles import TiledLinear
 from tacq_vllm.kernels.tiling import can_tile, tile
 from tacq_vllm.kernels.triton_clusters import (
-    CLUSTERS_TOKEN_COUNTS,
     clusters_dense,
     clusters_product,
+    clusters_token_counts,
 )
-from tacq_vllm.kernels.triton_dense import dense_backward
+from tacq_vllm.kernels.triton_dense import DenseParts, dense_backward
 from tacq_vllm.kernels.triton_planes import (
     planes_dense,
     planes_product,
@@ -33,7 +36,7 @@ from tacq_vllm.kernels.triton_tiles import (
     tiles_product,
     tiles_token_counts,
 )
-from tacq_vllm.kernels.triton_tuning import TUNING
+from tacq_vllm.kernels.triton_tuning import TUNING, Tuning
 
 Linear = PackedLinear | ClusteredLinear | TiledLinear
 
@@ -62,24 +65,13 @@ def multiply(x: Tensor, linear: Linear, bias: Tensor | None) -> Tensor:
     """Multiply x [..., in] with the weight: [..., out], in the type of x."""
     tokens = x.reshape(-1, linear.in_features).contiguous()
     with torch.cuda.device_of(x):
-        if isinstance(linear, ClusteredLinear):
-            out = clusters_product(tokens, linear, bias, TUNING)
-        elif isinstance(linear, TiledLinear):
-            out = tiles_product(tokens, linear, bias, TUNING)
-        else:
-            out = planes_product(tokens, linear, bias, TUNING)
+        out = _WAYS[type(linear)].product(tokens, linear, bias, TUNING)
     return out.view(*x.shape[:-1], linear.out_features)
 
 
 def backward(grad: Tensor, linear: Linear) -> Tensor:
     """The gradient of x for that of the product, [..., out]: [..., in]."""
-    dtype = grad.dtype
-    if isinstance(linear, ClusteredLinear):
-        weight = clusters_dense(linear, dtype, TUNING)
-    elif isinstance(linear, TiledLinear):
-        weight = tiles_dense(linear, dtype, TUNING)
-    else:
-        weight = planes_dense(linear, dtype, TUNING)
+    weight = _WAYS[type(linear)].dense(linear, grad.dtype, TUNING)
     with torch.cuda.device_of(grad):
         out = dense_backward(grad.reshape(-1, linear.out_features), weight)
     return out.view(*grad.shape[:-1], linear.in_features)
@@ -87,12 +79,24 @@ def backward(grad: Tensor, linear: Linear) -> Tensor:
 
 def warm_up(linear: Linear, x_dtype: torch.dtype, bias: Tensor | None) -> None:
     """Compile the kernels for weights like these, so that no request waits for it."""
-    if isinstance(linear, ClusteredLinear):
-        counts = CLUSTERS_TOKEN_COUNTS
-    elif isinstance(linear, TiledLinear):
-        counts = tiles_token_counts(TUNING)
-    else:
-        counts = planes_token_counts(TUNING)
-    for tokens in counts:
+    for tokens in _WAYS[type(linear)].token_counts(TUNING):
         x = linear.qweight.new_zeros(tokens, linear.in_features, dtype=x_dtype)
         multiply(x, linear, bias)
+
+
+class _Way(NamedTuple):
+    """The kernels for weights in one order."""
+
+    product: Callable[..., Tensor]
+    """Of x, the weight, a bias and the tuning."""
+    dense: Callable[..., DenseParts]
+    """The weight, of a type and the tuning."""
+    token_counts: Callable[[Tuning], tuple[int, ...]]
+    """Numbers of tokens that between them need every kernel."""
+
+
+_WAYS: dict[type[Linear], _Way] = {
+    ClusteredLinear: _Way(clusters_product, clusters_dense, clusters_token_counts),
+    TiledLinear: _Way(tiles_product, tiles_dense, tiles_token_counts),
+    PackedLinear: _Way(planes_product, planes_dense, planes_token_counts),
+}
