@@ -25,6 +25,27 @@ from tacq_vllm.kernels.triton_tile_sums import add_up, job_places, store
 
 
 @triton.jit
+def let_next_begin():
+    """Let the next kernel begin where there is room, and load its weights."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0",
+        "=r",
+        [],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def wait_for_last():
+    """Wait until the kernel before has ended: what it has written can be read."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def row_share(turn, splits):
     """The rows' block and the split of a program that has its turn.
 
@@ -122,6 +143,7 @@ def tile_gemm_kernel(
     OWN_SEGMENTS: tl.constexpr,
     JOB_SEGMENTS: tl.constexpr,
     DTYPE: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """Multiply x [tokens, in]: out [tokens, out].
 
@@ -130,7 +152,8 @@ def tile_gemm_kernel(
     Sums are [splits, tokens, out], then [jobs, tokens / TOKENS, ROWS, TOKENS]; where
     neither are needed, IS_SPLIT is false. `offset` is `offset_words`,
     GROUP_SIZE is 0 for groups that are whole rows, IS_PADDED says that the last block
-    has more columns than x; WIDTH is of `deal`.
+    has more columns than x; WIDTH is of `deal`. IS_EARLY says that the kernel before
+    may not have ended: until it has, only what belongs to the weight is touched.
     """
     FIELDS: tl.constexpr = 4 if BITS == 4 else 8
     HALF: tl.constexpr = BLOCK_WORDS // 2
@@ -139,6 +162,8 @@ def tile_gemm_kernel(
     HALVES_ARE_GROUPS: tl.constexpr = GROUP_SIZE == SLICE // 2
     PARTS: tl.constexpr = TOKENS // 8
     X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    if IS_EARLY:
+        let_next_begin()
     turn, token_block = tl.program_id(1), tl.program_id(2)
     eight = tl.arange(0, 8)
     totals = ()
@@ -154,6 +179,8 @@ def tile_gemm_kernel(
             first += number * JOB_SEGMENTS
             last = tl.load(starts_ptr + row_block + 1)
             last = tl.minimum(first + JOB_SEGMENTS, last)
+            if IS_EARLY:
+                wait_for_last()
             totals = add_kept(
                 totals,
                 x_ptr,
@@ -219,6 +246,8 @@ def tile_gemm_kernel(
     grid = load_grid(grid_rows, first_block, COLUMNS, GROUP_SIZE, ROWS)
     start = tl.load(starts_ptr + row_block)
     own = tl.minimum(tl.load(starts_ptr + row_block + 1) - start, OWN_SEGMENTS)
+    if IS_EARLY:
+        wait_for_last()
     totals = add_kept(
         totals,
         x_ptr,

@@ -105,6 +105,8 @@ def compile_kernel(
         constants |= {"ENTRIES": tile.entries}
     else:
         constants |= {"SEGMENTS": getattr(tile, "segments", None)}
+    is_early = kernel is tile_gemm_kernel and target.arch >= 90
+    constants |= {"IS_EARLY": is_early}
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
     pointers = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), x)
     pointers |= {"scales_ptr": "*bf16", "sums_ptr": "*fp32"}
@@ -121,6 +123,7 @@ def compile_kernel(
     if isinstance(tile, TiledGemm):
         options["num_warps"] = 1
         options["maxnreg"] = tile.registers
+        options["launch_pdl"] = is_early
     else:
         options["num_warps"] = tile.warps
     compiled = triton.compile(source, target=target, options=options)

@@ -53,6 +53,27 @@ def test_bits_are_the_same_from_run_to_run(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
+def test_waits_for_the_kernel_that_writes_x(tokens: int) -> None:
+    weights = [
+        arrange(linear_on_gpu(3, 4096, 4096, 64), torch.bfloat16) for _ in range(4)
+    ]
+    x = random_input(tokens, 4096, dtype=torch.bfloat16).cuda()
+    prepare(weights[0], torch.bfloat16, None)
+    expected = quantized_linear(x, weights[0], weights[0].layout, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [
+            quantized_linear(x.neg_(), weight, weight.layout, None)
+            for weight in weights
+        ]
+
+    for _ in range(20):
+        graph.replay()
+        for number, out in enumerate(outs):
+            assert torch.equal(out, expected if number % 2 else -expected)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
 def test_runs_in_a_cuda_graph(tokens: int) -> None:
     packed = arrange(linear_on_gpu(3, 4096, 4096, 64), torch.bfloat16)
     prepare(packed, torch.bfloat16, None)
