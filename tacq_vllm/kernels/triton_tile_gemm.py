@@ -153,7 +153,7 @@ def tile_gemm_kernel(
     neither are needed, IS_SPLIT is false. `offset` is `offset_words`,
     GROUP_SIZE is 0 for groups that are whole rows, IS_PADDED says that the last block
     has more columns than x; WIDTH is of `deal`. IS_EARLY says that the kernel before
-    may not have ended: until it has, only what belongs to the weight is touched.
+    may not have ended: until it has, only the weight is read, which it did not write.
     """
     FIELDS: tl.constexpr = 4 if BITS == 4 else 8
     HALF: tl.constexpr = BLOCK_WORDS // 2
