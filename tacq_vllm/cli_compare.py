@@ -89,31 +89,34 @@ def compare(
     from tacq_vllm.evaluate.tasks import Protocol, load_tasks
     from tacq_vllm.quantize.model import open_base_model
     from tacq_vllm.quantize.progress import Progress
-    from tacq_vllm.quantize.workdir import WorkDir
+    from tacq_vllm.quantize.workdir import open_workdir
+    from tacq_vllm.quantize.world import World
 
     check_folder(output)
     protocol = Protocol(data_root=data_root, limit=limit, window=window)
     loaded = load_tasks(split_names(tasks), protocol)
     transformers_logging.disable_progress_bar()
     own_device = torch_device(device)
-    workdir = WorkDir(work_dir or output / WORK_FOLDER)
-    comparison = Comparison(
-        model=model,
-        base=open_base_model(model, own_device, workdir),
-        recipe=base_recipe,
-        tasks=loaded,
-        protocol=protocol,
-        backend=Backend(
-            engine="hf",
-            dtype="float32",
-            max_length=max_length,
-            device=own_device,
-            dequantize=True,
-        ),
-        folder=output,
-        workdir=workdir,
-    )
-    with open_listener(leads=True) as listener:
+    with (
+        open_workdir(work_dir or output / WORK_FOLDER, output, World()) as workdir,
+        open_listener(leads=True) as listener,
+    ):
+        comparison = Comparison(
+            model=model,
+            base=open_base_model(model, own_device, workdir),
+            recipe=base_recipe,
+            tasks=loaded,
+            protocol=protocol,
+            backend=Backend(
+                engine="hf",
+                dtype="float32",
+                max_length=max_length,
+                device=own_device,
+                dequantize=True,
+            ),
+            folder=output,
+            workdir=workdir,
+        )
         rows = comparison.run(cells, Progress(listener))
     typer.echo(write_report(rows, output), nl=False)
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tacq_vllm.format.staging import nearest_existing, staged_file
 from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.lock import locked_folder
 from tacq_vllm.quantize.world import World
 
 _DEPENDS_NAME = "depends.json"
@@ -163,19 +164,24 @@ def open_workdir(folder: Path | None, output: Path, world: World) -> Iterator[Wo
     """Use `folder`, which stays, or a hidden one beside `output`.
 
     The hidden one goes when the body has succeeded; the next run with the same output
-    finds what a failed one has left, if it has left anything of use.
+    finds what a failed one has left, if it has left anything of use. The leading
+    process locks the folder for all of its run.
+
+    Raises:
+        QuantizeError: another run is at work in it.
     """
     chosen = folder or output.absolute().parent / f".{output.absolute().name}.work"
     goes = folder is None and world.leads
-    try:
-        yield WorkDir(chosen)
-    except BaseException:
-        if goes and not any(chosen.rglob("*.safetensors")):
+    with locked_folder(chosen) if world.leads else nullcontext():
+        try:
+            yield WorkDir(chosen)
+        except BaseException:
+            if goes and not any(chosen.rglob("*.safetensors")):
+                shutil.rmtree(chosen, ignore_errors=True)
+            raise
+        world.wait()
+        if goes:
             shutil.rmtree(chosen, ignore_errors=True)
-        raise
-    world.wait()
-    if goes:
-        shutil.rmtree(chosen, ignore_errors=True)
 
 
 def check_output(output: Path, work_dir: Path | None = None) -> None:

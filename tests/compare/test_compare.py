@@ -12,6 +12,7 @@ from tacq_vllm.cli import app
 from tacq_vllm.compare.rows import RESULTS_NAME, Row
 from tacq_vllm.compare.run import ROWS_FOLDER, WORK_FOLDER, check_folder
 from tacq_vllm.format.inspection import inspect_checkpoint
+from tacq_vllm.quantize.lock import locked_folder
 from tacq_vllm.scores import read_scores_file
 from tests.builders import quantize_arguments
 from tests.evaluate.conftest import make_data
@@ -239,6 +240,16 @@ def test_groups_that_do_not_fit_are_refused_at_once(
 
     assert_one_line(result, "q_proj: group_size 48 does not divide its 64")
     assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_the_same_command_twice_at_once(
+    tiny_model: Path, root: Path, tmp_path: Path
+) -> None:
+    with locked_folder(tmp_path / "out" / WORK_FOLDER):
+        result = compare(tiny_model, tmp_path / "out", root)
+
+    assert_one_line(result, f"{WORK_FOLDER}: another process is at work there; wait")
+    assert not (tmp_path / "out" / ROWS_FOLDER).exists()
 
 
 def test_a_folder_of_something_else(

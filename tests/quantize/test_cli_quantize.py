@@ -13,6 +13,7 @@ from tacq_vllm.config import Recipe
 from tacq_vllm.format.checkpoint import WEIGHTS_NAME, read_schema
 from tacq_vllm.format.inspection import inspect_checkpoint
 from tacq_vllm.format.validation import find_faults
+from tacq_vllm.quantize.lock import locked_folder
 from tests.builders import quantize_arguments, truncate
 from tests.conftest import make_chat_tokenizer
 from tests.test_cli import TACQ, assert_one_line, tacq
@@ -161,6 +162,19 @@ def test_the_hidden_work_folder_goes_when_nobody_reads_the_result(
 
     tacq(*quantize_arguments(tiny_model, tmp_path / "out", text_file))
 
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_same_command_twice_at_once(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    command = quantize_arguments(tiny_model, tmp_path / "out", text_file)
+
+    with locked_folder(tmp_path / ".out.work"):
+        result = tacq(*command)
+
+    assert_one_line(result, ".out.work: another process is at work there; wait")
+    assert tacq(*command).exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

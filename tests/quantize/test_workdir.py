@@ -234,6 +234,22 @@ def test_a_run_that_fails_at_once_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    """And the one that is refused leaves the other's as it is."""
+
+    def run(folder: Path | None, output: str) -> None:
+        with open_workdir(folder, tmp_path / output, World()):
+            pass
+
+    for folder, output in ((None, "out"), (tmp_path / "work", "other")):
+        with open_workdir(folder, tmp_path / "out", World()) as work:
+            phase = work.phase("calibration", {"seed": 0})
+            with pytest.raises(QuantizeError, match="another process is at work"):
+                run(folder, output)
+            assert phase.folder.is_dir()
+        run(folder, output)
+
+
 def test_outputs_have_hidden_folders_of_their_own(tmp_path: Path) -> None:
     with (
         open_workdir(None, tmp_path / "a", World()) as first,

@@ -9,6 +9,7 @@ from tacq_vllm import cli_recover
 from tacq_vllm.cli import app
 from tacq_vllm.config import RecipeError
 from tacq_vllm.format.checkpoint import read_schema
+from tacq_vllm.quantize.lock import locked_folder
 from tacq_vllm.recover.budget import learning_rate
 from tacq_vllm.recover.config import RecoverConfig, load_recover_config
 from tests.hostile.good import CLUSTERED
@@ -49,6 +50,18 @@ def test_options_override_the_recipe(
     # The stored choices are a recipe.
     del stored["base"]
     assert RecoverConfig.model_validate(stored).train_outliers
+
+
+def test_the_same_command_twice_at_once(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path
+):
+    with locked_folder(tmp_path / ".out.work"):
+        result = recover(
+            *(tiny_checkpoint, "--output", tmp_path / "out"),
+            *("--calibration", text_file, *SMALL),
+        )
+
+    assert_refused(result, ".out.work: another process is at work there; wait")
 
 
 def test_the_hidden_work_folder_goes_when_nobody_reads_the_result(
