@@ -170,7 +170,7 @@ def open_workdir(folder: Path | None, output: Path, world: World) -> Iterator[Wo
     Raises:
         QuantizeError: another run is at work in it.
     """
-    chosen = folder or output.absolute().parent / f".{output.absolute().name}.work"
+    chosen = folder or _hidden_folder(output)
     goes = folder is None and world.leads
     with locked_folder(chosen) if world.leads else nullcontext():
         try:
@@ -184,6 +184,12 @@ def open_workdir(folder: Path | None, output: Path, world: World) -> Iterator[Wo
             shutil.rmtree(chosen, ignore_errors=True)
 
 
+def _hidden_folder(output: Path) -> Path:
+    """Where a run keeps its phases beside its output."""
+    final = output.absolute()
+    return final.parent / f".{final.name}.work"
+
+
 def check_output(output: Path, work_dir: Path | None = None) -> None:
     """Refuse to write over anything, or where a finished folder cannot be put.
 
@@ -194,7 +200,13 @@ def check_output(output: Path, work_dir: Path | None = None) -> None:
     if work_dir and work_dir.resolve().is_relative_to(output.resolve()):
         raise QuantizeError(f"{output}: --work-dir lies in it; choose one elsewhere")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise QuantizeError(f"{output}: exists already; choose another --output")
+        left = _hidden_folder(output)
+        # Mostly of one that was killed while it removed it: the output is whole then.
+        advice = f"; a stopped run has left {left}: delete it unless that is to go on"
+        raise QuantizeError(
+            f"{output}: exists already; choose another --output"
+            f"{advice if left.is_dir() else ''}"
+        )
     above = nearest_existing(output)
     if not above.is_dir():
         raise QuantizeError(f"{output}: {above} is a file; choose another --output")

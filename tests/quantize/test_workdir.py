@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -267,6 +268,21 @@ def test_only_the_leader_removes_the_hidden_folder(tmp_path: Path) -> None:
         assert work.folder.is_dir()
 
     assert not work.folder.exists()
+
+
+def test_what_a_killed_run_has_left_beside_its_output_is_named(tmp_path: Path) -> None:
+    output, left = tmp_path / "out", tmp_path / ".out.work"
+    output.mkdir()
+    (output / "config.json").touch()
+    with pytest.raises(QuantizeError, match=r"choose another --output$"):
+        check_output(output)
+
+    left.mkdir()
+
+    words = f"choose another --output; a stopped run has left {left}: delete it unless"
+    with pytest.raises(QuantizeError, match=re.escape(words)):
+        check_output(output)
+    assert left.is_dir()
 
 
 def test_an_output_that_is_a_link_is_refused(tmp_path: Path) -> None:
