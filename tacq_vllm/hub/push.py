@@ -13,6 +13,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     GatedRepoError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -142,6 +143,11 @@ def _published(repo_id: str, branch: str) -> tuple[ModelInfo | None, bool]:
         return api.model_info(repo_id, revision=branch), False
     except GatedRepoError:
         raise
+    except OfflineModeIsEnabled as error:
+        raise HubError(
+            f"{repo_id}: pushing needs the Hub, and offline mode is on: unset "
+            "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE)"
+        ) from error
     except RevisionNotFoundError:
         # A new branch starts as a copy of the main one.
         return api.model_info(repo_id), True

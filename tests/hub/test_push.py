@@ -324,6 +324,22 @@ def test_without_a_token(hub: Hub, tacq: Tacq, sharded: Path) -> None:
     assert "org/nobody" not in hub.repos
 
 
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_mode(hub: Hub, tacq: Tacq, sharded: Path, variable: str) -> None:
+    earlier = len(hub.requests)
+
+    outcomes = tacq(
+        ["push", sharded, "org/offline"],
+        ["push", sharded, "org/offline", "--dry-run"],
+        **({"HF_HUB_OFFLINE": ""} | {variable: "1"}),
+    )
+
+    for outcome in outcomes:
+        assert_one_line(outcome, "org/offline: pushing needs the Hub, and offline mode")
+        assert variable in outcome.stderr
+    assert len(hub.requests) == earlier
+
+
 def test_a_hub_without_xet(hub: Hub, tacq: Tacq, sharded: Path) -> None:
     pytest.importorskip("hf_xet", reason="uploads go by LFS")
 
