@@ -25,6 +25,7 @@ from tacq_vllm.cli_options import (
     Output,
     SeqLen,
     WorkDirectory,
+    apply_options,
     check_file,
     torch_device,
 )
@@ -136,21 +137,21 @@ def quantize(
 ) -> None:
     """Make a packed TaCQ checkpoint of a 16-bit model."""
     with _one_line_errors():
-        from tacq_vllm.config import Recipe, load_recipe, override_recipe
+        from tacq_vllm.config import Recipe, load_recipe
 
-        overrides = {
-            "bits": bits,
-            "group_size": group_size,
-            "method": method,
-            "outliers.ratio": outlier_ratio,
-            "outliers.saliency": saliency,
-            "calibration.sources": calibration,
-            "calibration.num_samples": num_samples,
-            "calibration.seq_len": seq_len,
-            "calibration.seed": seed,
-        }
-        effective = override_recipe(
-            load_recipe(recipe) if recipe else Recipe(), overrides
+        effective = apply_options(
+            load_recipe(recipe) if recipe else Recipe(),
+            {
+                "bits": ("--bits", bits),
+                "group_size": ("--group-size", group_size),
+                "method": ("--method", method),
+                "outliers.ratio": ("--outlier-ratio", outlier_ratio),
+                "outliers.saliency": ("--saliency", saliency),
+                "calibration.sources": ("--calibration", calibration),
+                "calibration.num_samples": ("--num-samples", num_samples),
+                "calibration.seq_len": ("--seq-len", seq_len),
+                "calibration.seed": ("--seed", seed),
+            },
         )
         asks_to_keep = outlier_ratio is not None or saliency is not None
         if asks_to_keep and not effective.keeps_outliers:

@@ -12,6 +12,7 @@ from tacq_vllm.cli_options import (
     DeviceOption,
     InputError,
     ModelName,
+    apply_options,
     split_names,
     torch_device,
 )
@@ -65,11 +66,14 @@ def compare(
 ) -> None:
     """Quantize one model in many ways, and score each on the same data."""
     from tacq_vllm.compare.matrix import Matrix
-    from tacq_vllm.config import Recipe, load_recipe, override_recipe
+    from tacq_vllm.config import Recipe, load_recipe
 
-    base_recipe = override_recipe(
+    base_recipe = apply_options(
         load_recipe(recipe) if recipe else Recipe(),
-        {"calibration.num_samples": num_samples, "calibration.seq_len": seq_len},
+        {
+            "calibration.num_samples": ("--num-samples", num_samples),
+            "calibration.seq_len": ("--seq-len", seq_len),
+        },
     )
     matrix = Matrix(
         methods=split_names(methods),

@@ -1,14 +1,17 @@
 """Options that several commands have."""
 
 import os
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     import torch
+
+    from tacq_vllm.config import AnySection
 
 ModelName = Annotated[
     str,
@@ -80,6 +83,27 @@ def torch_device(option: DeviceOption) -> "torch.device":
         raise InputError("--device cuda, but PyTorch sees no CUDA device")
     use_cuda = available and option is not DeviceOption.cpu
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def apply_options(
+    recipe: "AnySection", options: Mapping[str, tuple[str, Any]]
+) -> "AnySection":
+    """Replace fields of a recipe; None leaves as is.
+
+    Args:
+        recipe: stays as it is.
+        options: an option and its value, by the path of the field that it sets.
+
+    Raises:
+        RecipeError: naming the option whose value is out of range.
+    """
+    from tacq_vllm.config import override_recipe
+
+    return override_recipe(
+        recipe,
+        {field: value for field, (_, value) in options.items()},
+        {field: flag for field, (flag, _) in options.items()},
+    )
 
 
 def check_file(option: str, path: Path | None) -> None:

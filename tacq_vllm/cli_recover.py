@@ -16,6 +16,7 @@ from tacq_vllm.cli_options import (
     Output,
     SeqLen,
     WorkDirectory,
+    apply_options,
     torch_device,
 )
 from tacq_vllm.cli_show import print_summary
@@ -92,7 +93,6 @@ def recover_checkpoint(
     device: Device = DeviceOption.auto,
 ) -> None:
     """Train a checkpoint, at equal bits, to win back what few bits lost (DL-QAT)."""
-    from tacq_vllm.config import override_recipe
     from tacq_vllm.recover.config import RecoverConfig, load_recover_config
 
     budgets = {"steps": steps, "epochs": epochs, "minutes": minutes}
@@ -106,23 +106,26 @@ def recover_checkpoint(
         raise InputError(
             f"--distill {distill}: needs --base, the 16-bit model that is to set it"
         )
-    config = override_recipe(
+    config = apply_options(
         load_recover_config(recipe) if recipe else RecoverConfig(),
         {
-            "train": train,
-            "train_outliers": train_outliers,
-            "rank": rank,
-            "budget": budget,
-            "budget_unit": unit,
-            "batch_tokens": batch_tokens,
-            "distill": distill,
-            "precision": precision,
-            "gradient_checkpointing": gradient_checkpointing,
-            "seed": seed,
-            "calibration.sources": calibration,
-            "calibration.num_samples": num_samples,
-            "calibration.seq_len": seq_len,
-            "calibration.seed": seed,
+            "train": ("--train", train),
+            "train_outliers": ("--train-outliers", train_outliers),
+            "rank": ("--rank", rank),
+            "budget": (f"--{unit}", budget),
+            "budget_unit": (f"--{unit}", unit),
+            "batch_tokens": ("--batch-tokens", batch_tokens),
+            "distill": ("--distill", distill),
+            "precision": ("--precision", precision),
+            "gradient_checkpointing": (
+                "--gradient-checkpointing",
+                gradient_checkpointing,
+            ),
+            "seed": ("--seed", seed),
+            "calibration.sources": ("--calibration", calibration),
+            "calibration.num_samples": ("--num-samples", num_samples),
+            "calibration.seq_len": ("--seq-len", seq_len),
+            "calibration.seed": ("--seed", seed),
         },
     )
 

@@ -4,7 +4,7 @@ A recipe is a flat YAML file, complete and without inheritance. The command line
 overrides single fields; the result is stored in the checkpoint.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -283,8 +283,17 @@ def parse_section(
         raise RecipeError(f"{source}: {one_line(error)}") from error
 
 
-def override_recipe(recipe: AnySection, overrides: dict[str, Any]) -> AnySection:
+def override_recipe(
+    recipe: AnySection,
+    overrides: Mapping[str, Any],
+    flags: Mapping[str, str] | None = None,
+) -> AnySection:
     """Replace fields named by dotted paths (`calibration.seed`); None leaves as is.
+
+    Args:
+        recipe: stays as it is.
+        overrides: values by the paths of their fields.
+        flags: what a user has typed to set a field, by its path; errors name that.
 
     Raises:
         RecipeError: a value is out of range, or a path leads nowhere.
@@ -300,7 +309,10 @@ def override_recipe(recipe: AnySection, overrides: dict[str, Any]) -> AnySection
                 raise RecipeError(f"{dotted}: recipes have no section {name!r}")
             section = section[name]
         section[field] = value
-    return parse_section(type(recipe), content, source="options")
+    try:
+        return type(recipe).model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"options: {one_line(error, flags)}") from error
 
 
 def published_choices(
@@ -313,11 +325,12 @@ def published_choices(
     return content
 
 
-def one_line(error: ValidationError) -> str:
-    """A pydantic error as one line: every field with what is wrong."""
+def one_line(error: ValidationError, names: Mapping[str, str] | None = None) -> str:
+    """A pydantic error as one line: every field, or its name, with what is wrong."""
     parts = []
     for fault in error.errors():
         field = ".".join(map(str, fault["loc"]))
+        field = (names or {}).get(field, field)
         reason = fault["msg"].removeprefix("Value error, ")
         parts.append(f"{field}: {reason}" if field else reason)
-    return "; ".join(parts)
+    return "; ".join(dict.fromkeys(parts))

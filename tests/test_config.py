@@ -174,6 +174,18 @@ def test_overrides_are_checked() -> None:
         override_recipe(Recipe(), {"calibration.seed": -1})
 
 
+def test_errors_name_what_a_user_has_typed() -> None:
+    """Once, where it sets two fields."""
+    flags = {"calibration.num_samples": "--size", "gptq.block_size": "--size"}
+    fields = dict.fromkeys(flags, 0) | {"gptq.grid_steps": 0}
+
+    with pytest.raises(RecipeError) as refusal:
+        override_recipe(Recipe(), fields, flags)
+
+    reason = "Input should be greater than or equal to 1"
+    assert str(refusal.value) == f"options: --size: {reason}; gptq.grid_steps: {reason}"
+
+
 @pytest.mark.parametrize(
     ("fields", "reads"),
     [

@@ -63,7 +63,7 @@ class Cell(BaseModel):
         for option in self.options.split():
             name, _, value = option.partition("=")
             fields[name] = _parse_value(option, value)
-        return override_recipe(base, fields)
+        return override_recipe(base, fields, _FLAGS)
 
 
 _FLAGS = {

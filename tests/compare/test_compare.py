@@ -220,10 +220,12 @@ def test_no_paths_are_told(tiny_model: Path, root: Path, output: Path) -> None:
     ("options", "reason"),
     [
         ({"methods": "magic"}, "magic: no such method"),
-        ({"bits": "5"}, "bits: Input should be"),
+        ({"bits": "5"}, "options: --bits: Input should be"),
         ({"bits": "three"}, "--bits three: not whole numbers"),
         ({"tasks": "sudoku"}, "sudoku: no such task"),
-        ({"option": "nothing=1"}, "nothing: Extra inputs"),
+        ({"seeds": "0,-1"}, "options: --seeds: Input should be"),
+        ({"num_samples": "0"}, "options: --num-samples: Input should be"),
+        ({"option": "nothing=1"}, "options: nothing: Extra inputs"),
         ({"data_root": "nowhere"}, "nowhere/wikitext2/test.txt: no such file"),
     ],
 )

@@ -95,15 +95,15 @@ def test_quantize_end_to_end(tiny_model: Path, text_file: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--bits", "5"], "bits: Input should be 2, 3 or 4"),
+        (["--bits", "5"], "options: --bits: Input should be 2, 3 or 4"),
         (["--group-size", "24"], "group_size 24: use -1 or a multiple of 16"),
         (["--method", "fineq"], "bits 3: fineq has codes of 2"),
         (["--method", "rtn", "--saliency", "qal"], "method rtn keeps no weights by"),
         (["--method", "gptq", "--outlier-ratio", "0.01"], "method gptq keeps no"),
         (["--group-size", "48"], "q_proj: group_size 48 does not divide its 64"),
         (["--recipe", "nobody/nothing"], "no recipe 'nobody/nothing'"),
-        (["--num-samples", "0"], "calibration.num_samples: "),
-        (["--outlier-ratio", "2"], "outliers.ratio: "),
+        (["--num-samples", "0"], "options: --num-samples: "),
+        (["--outlier-ratio", "2"], "options: --outlier-ratio: "),
         (["--calibration", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--calibration", "table.csv"], "'table.csv': neither `self`, nor one of"),
         (

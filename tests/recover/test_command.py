@@ -87,9 +87,10 @@ def test_the_hidden_work_folder_goes_when_nobody_reads_the_result(
     ("options", "reason"),
     [
         (["--steps", "3", "--minutes", "1"], "--steps and --minutes: give one"),
-        (["--rank", "0"], "rank: "),
+        (["--rank", "0"], "options: --rank: "),
         (["--distill", "0.4"], "--distill 0.4: needs --base, the 16-bit model"),
-        (["--distill", "2", "--base", "none"], "distill: "),
+        (["--distill", "2", "--base", "none"], "options: --distill: "),
+        (["--epochs", "inf"], "options: --epochs: Input should be a finite number"),
         (["--minutes", "-1"], "--minutes -1.0: give more than 0"),
         (["--steps", "0"], "--steps 0: give more than 0"),
         (["--recipe", "none.yaml"], "tacq: none.yaml: No such file or directory; give"),
