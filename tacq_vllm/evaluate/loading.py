@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.format.schema import FormatError
-from tacq_vllm.quantize.errors import QuantizeError, first_line
+from tacq_vllm.quantize.errors import QuantizeError, loading_reason
 from tacq_vllm.quantize.source import ModelSource, locate_model
 from tacq_vllm.quantize.workdir import file_stamp, fingerprint
 
@@ -21,11 +21,12 @@ def opened(model: str) -> Iterator[ModelSource]:
     """
     try:
         yield locate_model(model)
-    except (FormatError, QuantizeError, EvaluateError):
+    except (FormatError, QuantizeError, EvaluateError, MemoryError):
         raise
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    # Of a broken config.json or tokenizer.json Transformers raises anything.
+    except Exception as error:
         raise EvaluateError(
-            f"{model}: cannot be loaded: {first_line(error)}"
+            f"{model}: cannot be loaded: {loading_reason(error)}"
         ) from error
 
 

@@ -1,7 +1,13 @@
 """What can go wrong while a checkpoint is made."""
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
+
+from tacq_vllm.config import one_line
+
+EXPECTED = (OSError, ValueError, ImportError)
+"""What Transformers raises with a message for people when it cannot load a model."""
 
 
 class QuantizeError(ValueError):
@@ -25,3 +31,14 @@ def check_finite(values: Tensor, dtype: torch.dtype) -> None:
 def first_line(error: Exception) -> str:
     """The first line of an error's message; its type's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def loading_reason(error: Exception) -> str:
+    """Why a model cannot be loaded, in one line."""
+    if isinstance(error, ValidationError):
+        return one_line(error)
+    words = " ".join(str(error).split())
+    if not isinstance(error, EXPECTED):
+        return f"{type(error).__name__}: {words}"
+    line = first_line(error)
+    return words if line.endswith(":") else line

@@ -24,7 +24,7 @@ from transformers import (
 from tacq_vllm.config import StorageDtype
 from tacq_vllm.format.simulated import SIMULATED_KEY
 from tacq_vllm.quantize.conversion import check_shape, open_files
-from tacq_vllm.quantize.errors import QuantizeError
+from tacq_vllm.quantize.errors import EXPECTED, QuantizeError, loading_reason
 from tacq_vllm.quantize.source import locate_model, model_name
 from tacq_vllm.quantize.weights import WeightFiles
 from tacq_vllm.quantize.workdir import WorkDir, fingerprint
@@ -36,9 +36,6 @@ ROUTERS = ("gate", "router", "shared_expert_gate")
 """Linears that choose experts: small, and never quantized."""
 
 _QUANTIZED_KEYS = ("quantization_config", SIMULATED_KEY)
-
-_EXPECTED = (OSError, ValueError, ImportError)
-"""What Transformers raises with a message for people when it cannot load a model."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,7 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
                 config, dtype=torch.float32, trust_remote_code=False
             )
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments)
-    with loading_errors(model, *_EXPECTED):
+    with loading_errors(model, *EXPECTED):
         published, weights = open_files(source, skeleton, workdir)
     for name, tensor in skeleton.state_dict().items():
         if name in weights:
@@ -248,10 +245,6 @@ def loading_errors(model: str, *kinds: type[Exception]) -> Iterator[None]:
     except (QuantizeError, MemoryError):
         raise
     except kinds as error:
-        words = " ".join(str(error).split())
-        reason = str(error).strip().partition("\n")[0]
-        if not isinstance(error, _EXPECTED):
-            reason = f"{type(error).__name__}: {words}"
-        elif reason.endswith(":"):
-            reason = words
-        raise QuantizeError(f"{model}: cannot be loaded: {reason}") from error
+        raise QuantizeError(
+            f"{model}: cannot be loaded: {loading_reason(error)}"
+        ) from error

@@ -14,8 +14,9 @@ from typer.testing import CliRunner, Result
 from tacq_vllm.cli import app
 from tacq_vllm.cli_evaluate import print_scores
 from tacq_vllm.evaluate.tasks import figures
+from tacq_vllm.format.checkpoint import WEIGHTS_NAME
 from tacq_vllm.scores import SCORES_NAME, Score, Scores, read_scores
-from tests.builders import replace, rewrite_tensors
+from tests.builders import replace, rewrite_tensors, truncate
 from tests.test_cli import assert_one_line
 
 TASKS = ("wikitext2", "c4", "mmlu", "gsm8k", "spider")
@@ -249,6 +250,36 @@ def test_a_model_that_is_none(root: Path, tmp_path: Path) -> None:
     assert_one_line(evaluate(tmp_path, "wikitext2", root), "has no config.json")
     assert_one_line(
         evaluate(tmp_path / "no.gguf", "wikitext2", root), "no.gguf: no such file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"hidden_size": "64"}, "'hidden_size' expected int"),
+        ({"hidden_act": "nope"}, "KeyError: 'nope'"),
+        ({"vocab_size": -1}, "RuntimeError: "),
+    ],
+)
+def test_a_model_whose_configuration_is_malformed(
+    model_copy: Path, root: Path, fields: dict[str, object], reason: str
+) -> None:
+    config = model_copy / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+
+    result = evaluate(model_copy, "wikitext2", root)
+
+    assert_one_line(result, f"{model_copy}: cannot be loaded: ")
+    assert reason in result.stderr
+
+
+def test_a_model_whose_weights_are_not_whole_is_named(
+    model_copy: Path, root: Path
+) -> None:
+    truncate(model_copy / WEIGHTS_NAME)
+
+    assert_one_line(
+        evaluate(model_copy, "wikitext2", root), f"{model_copy}: cannot be loaded: "
     )
 
 
