@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from tacq_vllm import __version__
 from tacq_vllm.evaluate.errors import EvaluateError
@@ -43,7 +44,11 @@ class VllmRunner:
         self._engine.llm_engine.engine_core.shutdown()
 
     def likelihoods(self, asked: Sequence[Continuation]) -> Iterator[Likelihood]:
-        """How likely each continuation is."""
+        """How likely each continuation is.
+
+        Raises:
+            EvaluateError: the engine ends.
+        """
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
         for start in range(0, len(asked), _TOGETHER):
             chunk = asked[start : start + _TOGETHER]
@@ -59,7 +64,11 @@ class VllmRunner:
                 )
 
     def texts(self, asked: Sequence[Prompt]) -> Iterator[str]:
-        """The greedy text after each prompt."""
+        """The greedy text after each prompt.
+
+        Raises:
+            EvaluateError: the engine ends.
+        """
         for start in range(0, len(asked), _TOGETHER):
             chunk = asked[start : start + _TOGETHER]
             params = [
@@ -73,7 +82,13 @@ class VllmRunner:
 
     def _generate(self, prompts: list[tuple[int, ...]], params: Any) -> Any:
         requests = [{"prompt_token_ids": list(tokens)} for tokens in prompts]
-        return self._engine.generate(requests, params, use_tqdm=False)
+        try:
+            return self._engine.generate(requests, params, use_tqdm=False)
+        except EngineDeadError as error:
+            raise EvaluateError(
+                f"{self.name}: vLLM's engine has ended, and its log above says why; "
+                "where nothing is said, memory was short"
+            ) from error
 
 
 def open_vllm(model: str, dtype: str, max_length: int) -> VllmRunner:

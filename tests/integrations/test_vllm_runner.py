@@ -14,6 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm import SamplingParams
 from vllm.logprobs import Logprob
 from vllm.platforms import current_platform
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from tacq_vllm.evaluate import vllm_runner
 from tacq_vllm.evaluate.errors import EvaluateError
@@ -39,6 +40,7 @@ class Engine:
         self.options = options
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.calls: list[int] = []
+        self.is_dead = False
         self.stopped = 0
         self.llm_engine = SimpleNamespace(
             engine_core=SimpleNamespace(shutdown=self.stop)
@@ -57,6 +59,8 @@ class Engine:
         use_tqdm: bool,
     ) -> list[Any]:
         assert not use_tqdm
+        if self.is_dead:
+            raise EngineDeadError
         each = params if isinstance(params, list) else [params] * len(prompts)
         self.calls.append(len(prompts))
         tokens = [prompt["prompt_token_ids"] for prompt in prompts]
@@ -138,6 +142,19 @@ def test_answers_come_in_order_some_at_a_time(
         -loss_of(1, number) for number in range(70)
     ]
     assert engine.calls == [32, 32, 6] * 2
+
+
+def test_an_engine_that_ends_is_told_in_one_line(
+    runner: VllmRunner, engine: Engine
+) -> None:
+    engine.is_dead = True
+
+    for answers in (
+        runner.likelihoods([Continuation((1,), (2,))]),
+        runner.texts([Prompt((1,), 1, ())]),
+    ):
+        with pytest.raises(EvaluateError, match=r"^model: vLLM's engine has ended.*$"):
+            list(answers)
 
 
 def test_a_runner_stops_its_engine(runner: VllmRunner, engine: Engine) -> None:
