@@ -110,7 +110,8 @@ def open_vllm(model: str, dtype: str, max_length: int) -> VllmRunner:
             arithmetic.append(activations())
         identity = f"{model_identity(source)} vllm {' '.join(arithmetic)}"
         config = AutoConfig.from_pretrained(**source.arguments)
-        positions = getattr(config, "max_position_embeddings", max_length + 1)
+        text = config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", max_length + 1)
         # Scoring a prompt takes a new token too, which nobody reads.
         length = min(max_length + 1, positions)
         engine = LLM(

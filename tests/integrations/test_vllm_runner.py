@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, Mistral3Config
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -20,6 +21,7 @@ from tacq_vllm.evaluate import vllm_runner
 from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.evaluate.runner import Continuation, Likelihood, Prompt
 from tacq_vllm.evaluate.vllm_runner import VllmRunner, open_vllm
+from tests.conftest import SIZES
 
 pytestmark = pytest.mark.vllm
 
@@ -184,6 +186,16 @@ def test_a_model_is_opened_with_room_for_a_token_more(
         "enable_chunked_prefill": True,
         "enforce_eager": current_platform.is_cpu(),
     }
+
+
+def test_the_positions_of_a_model_that_sees_are_those_of_its_text(
+    model_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Mistral3Config(text_config=LlamaConfig(**SIZES).to_dict())
+    config.save_pretrained(model_copy)
+    monkeypatch.setattr(vllm_runner, "LLM", Engine)
+
+    assert open_vllm(str(model_copy), "float32", 4096).max_length == 127
 
 
 def test_a_model_without_positions_has_room_for_what_is_asked(
