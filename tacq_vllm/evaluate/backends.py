@@ -50,7 +50,7 @@ def open_runner(model: str, backend: Backend) -> Iterator[Runner]:
     """Load a Hub id, a folder or, with Transformers, a .gguf file.
 
     Raises:
-        EvaluateError: it cannot be loaded, or the engine is not installed.
+        EvaluateError: it cannot be loaded, or the engine cannot be imported.
     """
     if backend.engine == "hf":
         from tacq_vllm.evaluate.transformers_runner import open_transformers
@@ -68,7 +68,7 @@ def open_runner(model: str, backend: Backend) -> Iterator[Runner]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
         from tacq_vllm.evaluate.vllm_runner import open_vllm
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise EvaluateError(
             f"--backend vllm: {error}: pip install 'tacq-vllm[cuda]', or on an x86 CPU "
             "'tacq-vllm[cpu]'"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -251,6 +252,29 @@ def test_a_model_that_is_none(root: Path, tmp_path: Path) -> None:
     assert_one_line(
         evaluate(tmp_path / "no.gguf", "wikitext2", root), "no.gguf: no such file"
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(None, "import of vllm halted"), (ModuleType("vllm"), "cannot import name 'LLM'")],
+)
+def test_a_vllm_that_cannot_be_imported(
+    tiny_model: Path,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType | None,
+    reason: str,
+) -> None:
+    """It is not there, or does not go with another package."""
+    for name in ("VLLM_LOGGING_STREAM", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.delitem(sys.modules, "tacq_vllm.evaluate.vllm_runner", raising=False)
+
+    result = evaluate(tiny_model, "wikitext2", root, "--backend", "vllm")
+
+    assert_one_line(result, f"--backend vllm: {reason}")
+    assert "pip install 'tacq-vllm[cuda]'" in result.stderr
 
 
 @pytest.mark.parametrize(
