@@ -10,6 +10,7 @@ their order, so that the same inputs give the same bits.
 import triton
 import triton.language as tl
 
+from tacq_vllm.kernels.triton_early import let_next_begin, wait_for_last
 from tacq_vllm.kernels.triton_tile_codes import (
     group_in_block,
     group_of_slice,
@@ -22,27 +23,6 @@ from tacq_vllm.kernels.triton_tile_codes import (
 )
 from tacq_vllm.kernels.triton_tile_kept import add_kept
 from tacq_vllm.kernels.triton_tile_sums import add_up, job_places, store
-
-
-@triton.jit
-def let_next_begin():
-    """Let the next kernel begin where there is room, and load its weights."""
-    tl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0",
-        "=r",
-        [],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def wait_for_last():
-    """Wait until the kernel before has ended: what it has written can be read."""
-    tl.inline_asm_elementwise(
-        "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit

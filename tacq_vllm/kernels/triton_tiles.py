@@ -25,6 +25,7 @@ from tacq_vllm.kernels.tiles import (
     block_columns,
 )
 from tacq_vllm.kernels.triton_dense import DenseParts, dense_product
+from tacq_vllm.kernels.triton_early import can_be_early
 from tacq_vllm.kernels.triton_tile_codes import offset_words
 from tacq_vllm.kernels.triton_tile_dequantize import (
     add_kept_kernel,
@@ -38,10 +39,6 @@ OPERAND_WIDTH = 2 if Version(triton.__version__) >= Version("3.8") else 4
 
 Another number gives the same products; but then operands are exchanged between threads.
 """
-
-_CAN_BE_EARLY = Version(triton.__version__) >= Version("3.4")
-"""Whether Triton knows programmatic dependent launch: a kernel may begin while the one
-before it still runs."""
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -85,7 +82,7 @@ def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) ->
     row_blocks = triton.cdiv(out_features, ROWS)
     token_blocks = triton.cdiv(tokens, shape.tokens)
     places = _multiprocessors(x.device)
-    is_early = _is_early(x.device)
+    is_early = can_be_early(x.device)
     jobs = tiled.job_blocks.numel()
     # No more programs than can be there at once: the last ones would be alone.
     splits = (shape.warps * places - jobs) // (row_blocks * token_blocks)
@@ -195,11 +192,3 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _is_early(device: torch.device) -> bool:
-    """Whether kernels can begin so on a GPU: from compute capability 9.0 on."""
-    if device.type != "cuda" or not _CAN_BE_EARLY:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
