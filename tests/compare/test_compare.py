@@ -195,10 +195,8 @@ def test_another_source_of_the_same_name_is_refused(
     tiny_model: Path, root: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """In the table they would be one setting."""
-    output, copies = (
-        tmp_path / "out",
-        [tmp_path / name for name in ("a.txt", "b/a.txt")],
-    )
+    output = tmp_path / "out"
+    copies = [tmp_path / name for name in ("a.txt", "b/a.txt")]
     copies[1].parent.mkdir()
     for copy in copies:
         copy.write_text(text_file.read_text())
