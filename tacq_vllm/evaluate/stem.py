@@ -5,6 +5,7 @@ Few-shot prompts are mostly the same examples over and over.
 
 from collections.abc import Sequence
 from copy import deepcopy
+from inspect import signature
 from itertools import takewhile
 from typing import Any
 
@@ -27,6 +28,9 @@ class Stem:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        # Since Transformers 5.24 models call it `cache`.
+        accepted = signature(model.forward).parameters
+        self._keyword = "cache" if "cache" in accepted else "past_key_values"
         self._tokens: Tokens = ()
         self._cache = DynamicCache(config=model.config)
 
@@ -64,9 +68,9 @@ class Stem:
     def _run(self, tokens: Tokens, cache: DynamicCache, count: int) -> Tensor:
         output = self._model(
             torch.tensor([tokens], device=self._model.device),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=count,
+            **{self._keyword: cache},
         )
         logits: Tensor = output.logits
         return logits

@@ -206,7 +206,10 @@ def _upcast_in_calls(module: nn.Module, names: list[str]) -> None:
 
 
 def _checkpoint_blocks(model: PreTrainedModel) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Its name before Transformers 5.23 was another.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     for layer in model.get_decoder().layers:
         # Transformers does it in training only; dropout inside stays off.
         layer.training = True
