@@ -3,7 +3,6 @@
 Heavy modules are imported inside the commands, so that `--help` is instant.
 """
 
-import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -308,7 +307,7 @@ def _one_line_errors() -> Iterator[None]:
     from tacq_vllm.evaluate.errors import EvaluateError
     from tacq_vllm.format.schema import FormatError
     from tacq_vllm.hub.errors import HubError
-    from tacq_vllm.quantize.errors import QuantizeError
+    from tacq_vllm.quantize.errors import QuantizeError, is_out_of_memory
     from tacq_vllm.scores import ScoresError
 
     ours = (FormatError, RecipeError, QuantizeError, HubError, ScoresError)
@@ -320,7 +319,7 @@ def _one_line_errors() -> Iterator[None]:
         # Who reads has seen enough (`tacq inspect DIR | head`): Typer ends quietly.
         raise
     except (*expected, MemoryError, RuntimeError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             reason = str(error) or type(error).__name__
             _fail(
                 "out of memory; give the same command again with more of it free, or "
@@ -347,16 +346,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, or PyTorch on any device, could not have more memory."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    if isinstance(error, RuntimeError):
-        words = ("out of memory", "can't allocate memory", "Cannot allocate memory")
-        return any(word in str(error) for word in words)
-    return isinstance(error, MemoryError)
 
 
 def _fail(message: str, code: int = 2) -> None:

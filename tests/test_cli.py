@@ -1,6 +1,5 @@
 """What all commands have in common."""
 
-import errno
 import json
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from rich.progress import Progress
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from tacq_vllm import __version__, cli
+from tacq_vllm import __version__
 from tacq_vllm.cli import app
 from tacq_vllm.cli_options import DeviceOption, split_names, torch_device
 from tacq_vllm.config import Recipe
@@ -204,22 +203,6 @@ def test_steps_and_the_time_left_in_a_log(
         "quantization 1/4  [first]  30 s left",
         "quantization 3/4  10 s left",
     ]
-
-
-@pytest.mark.parametrize(
-    ("error", "is_memory"),
-    [
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
-        (OSError(errno.ENOSPC, "No space left on device"), False),
-        (MemoryError(), True),
-        (RuntimeError("CUDA out of memory. Tried to allocate"), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
-        (RuntimeError("shapes differ"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_what_is_want_of_memory(error: Exception, is_memory: bool) -> None:
-    assert cli._is_out_of_memory(error) is is_memory
 
 
 def test_a_failure_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,11 @@ from contextlib import contextmanager
 
 from tacq_vllm.evaluate.errors import EvaluateError
 from tacq_vllm.format.schema import FormatError
-from tacq_vllm.quantize.errors import QuantizeError, loading_reason
+from tacq_vllm.quantize.errors import (
+    QuantizeError,
+    is_out_of_memory,
+    loading_reason,
+)
 from tacq_vllm.quantize.source import ModelSource, locate_model
 from tacq_vllm.quantize.workdir import file_stamp, fingerprint
 
@@ -18,13 +22,16 @@ def opened(model: str) -> Iterator[ModelSource]:
 
     Raises:
         EvaluateError: there is no such model, or the body fails; in one line.
+        MemoryError, RuntimeError, OSError: out of memory.
     """
     try:
         yield locate_model(model)
-    except (FormatError, QuantizeError, EvaluateError, MemoryError):
+    except (FormatError, QuantizeError, EvaluateError):
         raise
     # Of a broken config.json or tokenizer.json Transformers raises anything.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise EvaluateError(
             f"{model}: cannot be loaded: {loading_reason(error)}"
         ) from error

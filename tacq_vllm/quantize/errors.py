@@ -1,5 +1,7 @@
 """What can go wrong while a checkpoint is made."""
 
+import errno
+
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -26,6 +28,16 @@ def check_finite(values: Tensor, dtype: torch.dtype) -> None:
     """
     if not bool(values.isfinite().all()):
         raise QuantizeError(f"a weight or a scale is not finite in {dtype}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or PyTorch on any device, could not have more memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        words = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+        return any(word in str(error) for word in words)
+    return isinstance(error, MemoryError)
 
 
 def first_line(error: Exception) -> str:

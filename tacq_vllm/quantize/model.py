@@ -24,7 +24,12 @@ from transformers import (
 from tacq_vllm.config import StorageDtype
 from tacq_vllm.format.simulated import SIMULATED_KEY
 from tacq_vllm.quantize.conversion import check_shape, open_files
-from tacq_vllm.quantize.errors import EXPECTED, QuantizeError, loading_reason
+from tacq_vllm.quantize.errors import (
+    EXPECTED,
+    QuantizeError,
+    is_out_of_memory,
+    loading_reason,
+)
 from tacq_vllm.quantize.source import locate_model, model_name
 from tacq_vllm.quantize.weights import WeightFiles
 from tacq_vllm.quantize.workdir import WorkDir, fingerprint
@@ -235,16 +240,16 @@ def open_base_model(model: str, device: torch.device, workdir: WorkDir) -> BaseM
 
 @contextmanager
 def loading_errors(model: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Tell errors of these kinds in one line.
+    """Tell errors of these kinds in one line, but for want of memory.
 
     Raises:
         QuantizeError: naming the model.
     """
     try:
         yield
-    except (QuantizeError, MemoryError):
-        raise
     except kinds as error:
+        if isinstance(error, QuantizeError) or is_out_of_memory(error):
+            raise
         raise QuantizeError(
             f"{model}: cannot be loaded: {loading_reason(error)}"
         ) from error
