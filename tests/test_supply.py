@@ -43,10 +43,13 @@ import importlib, pkgutil
 sys.addaudithook(watch)
 import tacq_vllm
 for module in pkgutil.walk_packages(tacq_vllm.__path__, "tacq_vllm."):
-    if "vllm." not in module.name.removeprefix("tacq_vllm.") and "triton_" not in (
-        module.name
-    ):
+    if "vllm." in module.name.removeprefix("tacq_vllm.") or "triton_" in module.name:
+        continue
+    try:
         importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
 print("ok")
 """
 

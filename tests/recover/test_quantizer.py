@@ -30,6 +30,24 @@ class RoundThrough(torch.autograd.Function):
         return grad
 
 
+class ClipThrough(torch.autograd.Function):
+    """Clipping to codes, which does nothing to the first and the last one either.
+
+    What `Tensor.clamp` hands on at its bounds depends on the version of PyTorch.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        clipped = x.clamp(0, MAX_CODE)
+        ctx.save_for_backward(clipped == x)
+        return clipped
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (inside,) = ctx.saved_tensors
+        return grad * inside
+
+
 class CastThrough(torch.autograd.Function):
     """Rounding to bfloat16 likewise."""
 
@@ -71,7 +89,7 @@ def plain_weight(frozen: Frozen, trained: Trained) -> Tensor:
     zeros = lattice.zeros.float().repeat_interleave(SIZE, dim=1)
     latent = frozen.latent.float() + frozen.factor * trained.B @ trained.A
     codes = RoundThrough.apply(latent / scales + zeros)
-    codes = codes.clamp(0, lattice.max_code)
+    codes = ClipThrough.apply(codes)
     folded = CastThrough.apply(trained.magnitude * lattice.scales.float())
     weight = (codes - zeros) * folded.repeat_interleave(SIZE, dim=1)
     return (
