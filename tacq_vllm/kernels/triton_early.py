@@ -10,15 +10,12 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from packaging.version import Version
 
 
 @functools.cache
 def can_be_early(device: torch.device) -> bool:
-    """Whether a kernel can begin so: compute capability 9.0 or later, Triton 3.4."""
-    if device.type != "cuda" or Version(triton.__version__) < Version("3.4"):
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether a kernel can begin so: compute capability 9.0 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
