@@ -171,7 +171,8 @@ def quantized_linear(
             x, holder.qweight, holder.scales, holder.outliers, bias
         )
         return out
-    assert isinstance(layout, PlanesLayout | TiledLayout)
+    # A tuple: the compiler of PyTorch 2.9 knows no unions.
+    assert isinstance(layout, (PlanesLayout, TiledLayout))
     has_high = layout.bits == 3
     if isinstance(layout, TiledLayout):
         out = torch.ops.tacq.tiled_linear(
