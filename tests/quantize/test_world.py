@@ -251,7 +251,9 @@ def test_two_processes_make_a_whole_checkpoint(runs: Runs) -> None:
 
 
 def test_one_of_two_processes_speaks(runs: Runs) -> None:
-    (line,) = runs.printed.splitlines()
+    lines = runs.printed.splitlines()
+    # PyTorch 2.9 has Gloo tell of its peers.
+    (line,) = (line for line in lines if not line.startswith("[Gloo]"))
     assert line.startswith(f"{runs.two}: ")
 
 
