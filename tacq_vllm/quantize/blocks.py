@@ -8,7 +8,7 @@ sample; samples whose stopped passes do not fit into memory start anew for each 
 which changes the time and not the result.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -116,8 +116,10 @@ def run_block(
     groups: list[dict[str, nn.Linear]],
     in_memory: int,
     on_group: OnGroup,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor]:
     """Run one block on all batches, stopping before each group of linears.
+
+    Closing the generator leaves the linears without hooks.
 
     Args:
         forwards: one per batch: runs the block on it.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from time import perf_counter
@@ -175,8 +176,9 @@ class BlockPass:
             self._batches_in_memory(linears),
             on_group,
         )
-        for (number, _), output in zip(self._batches, outputs, strict=True):
-            self._hidden.save(index + 1, number, output)
+        with closing(outputs):
+            for (number, _), output in zip(self._batches, outputs, strict=True):
+                self._hidden.save(index + 1, number, output)
 
     def _batches_in_memory(self, linears: dict[str, nn.Linear]) -> int:
         if self._base.device.type == "cuda":

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from tacq_vllm.config import Recipe
 from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.quantize.blocks import group_linears
+from tacq_vllm.quantize.boundaries import Boundaries
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gptq import Hessian, quantize_matrix, relative_error
 from tacq_vllm.quantize.layerwise import BlockPass
@@ -270,6 +271,29 @@ def test_an_interrupted_pass_goes_on(
     assert recorder.phases == {"gptq": 14 - 7 * done}
     assert_same(resumed, quantize(tiny_base, recipe, work.phase("whole", {})))
     assert names(folder) == {"block-0000", "block-0001"}
+
+
+def test_a_failure_to_store_leaves_no_hooks(
+    tiny_base: BaseModel,
+    tiny_recipe: Recipe,
+    phase_folder: PhaseFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = Boundaries.save
+
+    def fail(folder: Boundaries, boundary: int, number: int, tensor: Tensor) -> None:
+        if boundary == 1:
+            raise OSError("no space")
+        save(folder, boundary, number, tensor)
+
+    monkeypatch.setattr(Boundaries, "save", fail)
+
+    # The error is kept, and with it the frames that it has passed.
+    with pytest.raises(OSError, match="no space") as caught:
+        quantize(tiny_base, quick(tiny_recipe), phase_folder)
+
+    assert_released(tiny_base)
+    assert caught.tb is not None
 
 
 @pytest.mark.parametrize("count", range(1, 21))
