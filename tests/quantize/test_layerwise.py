@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from tacq_vllm.config import Recipe
 from tacq_vllm.format.stored import unpack_outliers
 from tacq_vllm.quantize.blocks import group_linears
-from tacq_vllm.quantize.boundaries import Boundaries
 from tacq_vllm.quantize.errors import QuantizeError
 from tacq_vllm.quantize.gptq import Hessian, quantize_matrix, relative_error
 from tacq_vllm.quantize.layerwise import BlockPass
@@ -19,7 +18,6 @@ from tacq_vllm.quantize.methods.packed import Masks, keep_none
 from tacq_vllm.quantize.methods.simulated import SimulatedRounder
 from tacq_vllm.quantize.model import BaseModel
 from tacq_vllm.quantize.progress import Progress
-from tacq_vllm.quantize.quantized import QuantizedBlocks
 from tacq_vllm.quantize.result import SimulatedResult
 from tacq_vllm.quantize.rounder import GroupInputs
 from tacq_vllm.quantize.samples import Sample
@@ -29,19 +27,11 @@ from tests.builders import rewrite_tensors
 from tests.conftest import (
     Recorder,
     assert_released,
-    is_equal,
     open_model,
     quick,
     random_samples,
 )
-from tests.interruptions import interrupted_at_file, interrupted_at_removal
-
-LENGTHS = (30, 30, 12, 30, 5, 5)
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> WorkDir:
-    return WorkDir(tmp_path / "work")
+from tests.quantize.block_pass import LENGTHS, names, quantize
 
 
 def keep_some(name: str) -> Tensor:
@@ -53,21 +43,6 @@ def keep_some(name: str) -> Tensor:
         128 if name.endswith("down_proj") else 64,
     )
     return torch.rand(shape, generator=generator) < 0.02
-
-
-def quantize(
-    base: BaseModel,
-    recipe: Recipe,
-    folder: PhaseFolder,
-    *,
-    samples: list[Sample] | None = None,
-    masks: Masks = keep_none,
-    listener: Recorder | None = None,
-) -> QuantizedBlocks:
-    samples = samples or random_samples(*LENGTHS)
-    rounder = gptq_rounder(recipe, torch.bfloat16, masks, World())
-    blocks = BlockPass(base, rounder, samples, folder, World())
-    return blocks.run("gptq", Progress(listener))
 
 
 @torch.no_grad()
@@ -107,18 +82,6 @@ def naively_quantize(
     return results
 
 
-def assert_same(blocks: QuantizedBlocks, others: QuantizedBlocks) -> None:
-    reports = list(blocks.reports())
-    assert reports == list(others.reports())
-    for report in reports:
-        tensors = blocks.packed(report.name).tensors()
-        assert is_equal(tensors, others.packed(report.name).tensors())
-
-
-def names(folder: PhaseFolder) -> set[str]:
-    return {path.stem for path in folder.folder.glob("*.safetensors")}
-
-
 def groups_of(base: BaseModel) -> list[list[str]]:
     blocks = (base.block_linears(index) for index in range(len(base.blocks)))
     return [list(group) for linears in blocks for group in group_linears(linears)]
@@ -152,8 +115,9 @@ def test_it_is_what_is_done_with_the_whole_model(
 
 
 def test_later_linears_are_quantized_on_what_earlier_ones_produce(
-    tiny_base: BaseModel, tiny_recipe: Recipe, work: WorkDir
+    tiny_base: BaseModel, tiny_recipe: Recipe, tmp_path: Path
 ) -> None:
+    work = WorkDir(tmp_path / "work")
     changed = "model.layers.0.self_attn.v_proj"
 
     def keep_in_one(name: str) -> Tensor:
@@ -254,88 +218,6 @@ def test_only_the_blocks_stay_on_disk(
     assert names(phase_folder) == {"block-0000", "block-0001"}
 
 
-@pytest.mark.parametrize(("step", "done"), [(1, 0), (7, 0), (8, 1), (14, 1)])
-def test_an_interrupted_pass_goes_on(
-    tiny_base: BaseModel, tiny_recipe: Recipe, work: WorkDir, step: int, done: int
-) -> None:
-    recipe, folder = quick(tiny_recipe), work.phase("interrupted", {})
-    stop, recorder = Recorder("gptq", step), Recorder()
-    with pytest.raises(KeyboardInterrupt):
-        quantize(tiny_base, recipe, folder, listener=stop)
-    assert_released(tiny_base)
-
-    resumed = quantize(tiny_base, recipe, folder, listener=recorder)
-
-    note = f"gptq: {done} of 2 blocks taken from the work folder"
-    assert recorder.notes == [note] * (done > 0)
-    assert recorder.phases == {"gptq": 14 - 7 * done}
-    assert_same(resumed, quantize(tiny_base, recipe, work.phase("whole", {})))
-    assert names(folder) == {"block-0000", "block-0001"}
-
-
-def test_a_failure_to_store_leaves_no_hooks(
-    tiny_base: BaseModel,
-    tiny_recipe: Recipe,
-    phase_folder: PhaseFolder,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    save = Boundaries.save
-
-    def fail(folder: Boundaries, boundary: int, number: int, tensor: Tensor) -> None:
-        if boundary == 1:
-            raise OSError("no space")
-        save(folder, boundary, number, tensor)
-
-    monkeypatch.setattr(Boundaries, "save", fail)
-
-    # The error is kept, and with it the frames that it has passed.
-    with pytest.raises(OSError, match="no space") as caught:
-        quantize(tiny_base, quick(tiny_recipe), phase_folder)
-
-    assert_released(tiny_base)
-    assert caught.tb is not None
-
-
-@pytest.mark.parametrize("count", range(1, 21))
-def test_a_pass_goes_on_after_any_file(
-    tiny_base: BaseModel, tiny_recipe: Recipe, work: WorkDir, count: int
-) -> None:
-    """What goes in and out of two blocks, for six batches, and the blocks."""
-    recipe, folder = quick(tiny_recipe), work.phase("interrupted", {})
-    with interrupted_at_file(count):
-        quantize(tiny_base, recipe, folder)
-
-    resumed = quantize(tiny_base, recipe, folder)
-
-    assert_same(resumed, quantize(tiny_base, recipe, work.phase("whole", {})))
-
-
-def test_a_pass_that_goes_on_stores_no_inputs_of_finished_blocks(
-    tiny_base: BaseModel, tiny_recipe: Recipe, phase_folder: PhaseFolder
-) -> None:
-    recipe = quick(tiny_recipe)
-    for step in (8, 1):
-        with pytest.raises(KeyboardInterrupt):
-            quantize(tiny_base, recipe, phase_folder, listener=Recorder("gptq", step))
-
-    hidden = {name for name in names(phase_folder) if name.startswith("hidden")}
-    assert {name.split("-")[1] for name in hidden} == {"0001"}
-
-
-@pytest.mark.parametrize("count", [2, 12])
-def test_what_an_interrupted_clean_up_has_left_goes(
-    tiny_base: BaseModel, tiny_recipe: Recipe, phase_folder: PhaseFolder, count: int
-) -> None:
-    """After a block, and where none is left."""
-    with interrupted_at_removal(count):
-        quantize(tiny_base, quick(tiny_recipe), phase_folder)
-    assert any(name.startswith("hidden") for name in names(phase_folder))
-
-    quantize(tiny_base, quick(tiny_recipe), phase_folder)
-
-    assert names(phase_folder) == {"block-0000", "block-0001"}
-
-
 @pytest.mark.parametrize(
     ("length", "processes", "expected"), [(32, 1, 8), (64, 1, 4), (32, 2, 4)]
 )
@@ -370,18 +252,6 @@ def test_batches_in_memory_take_a_share_of_it(
         blocks.run("gptq", Progress())
 
     assert in_memory == [expected]
-
-
-def test_what_is_stored_is_not_computed_again(
-    tiny_base: BaseModel, tiny_recipe: Recipe, phase_folder: PhaseFolder
-) -> None:
-    quantize(tiny_base, quick(tiny_recipe), phase_folder)
-    recorder = Recorder()
-
-    quantize(tiny_base, quick(tiny_recipe), phase_folder, listener=recorder)
-
-    assert recorder.phases == {}
-    assert recorder.notes == ["gptq: 2 of 2 blocks taken from the work folder"]
 
 
 @pytest.mark.parametrize(
