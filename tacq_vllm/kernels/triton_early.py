@@ -5,17 +5,16 @@ That is NVIDIA's programmatic dependent launch: such a kernel is started with
 what the one before has to do with.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
+from tacq_vllm.kernels.triton_device import capability
 
-@functools.cache
+
 def can_be_early(device: torch.device) -> bool:
     """Whether a kernel can begin so: compute capability 9.0 or later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= 9
 
 
 @triton.jit

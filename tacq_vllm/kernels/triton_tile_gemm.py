@@ -11,79 +11,20 @@ import triton
 import triton.language as tl
 
 from tacq_vllm.kernels.triton_early import let_next_begin, wait_for_last
-from tacq_vllm.kernels.triton_tile_codes import (
-    group_in_block,
-    group_of_slice,
-    groups_of_block,
-    negative_zeros,
-    pair_weights,
-    scale_pairs,
-    slice_words,
-    value_pairs,
+from tacq_vllm.kernels.triton_tile_blocks import (
+    deal,
+    half_slice,
+    load_grid,
+    load_words,
+    row_share,
 )
 from tacq_vllm.kernels.triton_tile_kept import add_kept
-from tacq_vllm.kernels.triton_tile_sums import add_up, job_places, store
-
-
-@triton.jit
-def row_share(turn, splits):
-    """The rows' block and the split of a program that has its turn.
-
-    Programs take turns on the multiprocessors: those that come to the same one have the
-    same split, so that its cache holds the x that they all read. Blocks that rows do
-    not have are among them.
-    """
-    place, places = tl.program_id(0), tl.num_programs(0)
-    split = place * splits // places
-    first = (split * places + splits - 1) // splits
-    next_first = ((split + 1) * places + splits - 1) // splits
-    return turn * (next_first - first) + place - first, split
-
-
-@triton.jit
-def deal(values, WIDTH: tl.constexpr):
-    """Columns [n, 32] in another order, the same for weights and for x.
-
-    A thread has loaded eight of them. Tensor cores want two pairs from it at a time: in
-    this order those are two pairs that it has side by side. WIDTH is how many columns
-    Triton gives a thread before the next thread's begin, 2 or 4.
-    """
-    pairs = values.reshape(values.shape[0], 4, 2, 2, 2)
-    pairs = pairs.permute((0, 2, 3, 1, 4) if WIDTH == 2 else (0, 3, 1, 2, 4))
-    return pairs.reshape(values.shape[0], 32)
-
-
-@triton.jit
-def load_words(low_ptr, high_ptr, block, BLOCK_WORDS: tl.constexpr, BITS: tl.constexpr):
-    """A block's words: both halves of the low plane's, and the high plane's.
-
-    Nobody else reads them: they do not go through the cache that x is in.
-    """
-    HALF: tl.constexpr = BLOCK_WORDS // 2
-    low_ptr += block * BLOCK_WORDS
-    first = tl.load(low_ptr, cache_modifier=".cg")
-    second = tl.load(low_ptr + HALF, cache_modifier=".cg")
-    if BITS == 3:
-        high = tl.load(high_ptr + block * HALF, cache_modifier=".cg")
-        return first, second, high
-    else:
-        return first, second, first
-
-
-@triton.jit
-def load_grid(
-    grid_ptr,
-    block,
-    COLUMNS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """A block's words of the grid, a tuple of int32 [ROWS] for its groups."""
-    words = ()
-    for number in tl.static_range(groups_of_block(COLUMNS, GROUP_SIZE)):
-        group = group_of_slice(block, number * GROUP_SIZE, COLUMNS, GROUP_SIZE)
-        words += (tl.load(grid_ptr + group * ROWS, cache_modifier=".cg"),)
-    return words
+from tacq_vllm.kernels.triton_tile_sums import (
+    add_up,
+    job_places,
+    store,
+    store_sums,
+)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "splits", "jobs", "turns", "offset"])
@@ -118,7 +59,7 @@ def tile_gemm_kernel(
     BLOCK_WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
-    TOKEN_BLOCKS: tl.constexpr,
+    COUNTERS: tl.constexpr,
     SEGMENT: tl.constexpr,
     OWN_SEGMENTS: tl.constexpr,
     JOB_SEGMENTS: tl.constexpr,
@@ -127,10 +68,10 @@ def tile_gemm_kernel(
 ):
     """Multiply x [tokens, in]: out [tokens, out].
 
-    The grid is (multiprocessors, turns and as many more as jobs need, tokens / TOKENS);
-    a split adds up its share of the blocks of columns and of rows' own kept weights.
-    Sums are [splits, tokens, out], then [jobs, tokens / TOKENS, ROWS, TOKENS]; where
-    neither are needed, IS_SPLIT is false. `offset` is `offset_words`,
+    The grid is (multiprocessors, turns and as many more as jobs need); a split adds up
+    its share of the blocks of columns and of rows' own kept weights. Sums are
+    [splits, tokens, out], then [jobs, ROWS, TOKENS]; where neither are needed, IS_SPLIT
+    is false. There are up to TOKENS tokens. `offset` is `offset_words`,
     GROUP_SIZE is 0 for groups that are whole rows, IS_PADDED says that the last block
     has more columns than x; WIDTH is of `deal`. IS_EARLY says that the kernel before
     may not have ended: until it has, only the weight is read, which it did not write.
@@ -139,12 +80,11 @@ def tile_gemm_kernel(
     HALF: tl.constexpr = BLOCK_WORDS // 2
     SLICE: tl.constexpr = 2 * BLOCK_WORDS
     COLUMNS: tl.constexpr = FIELDS * SLICE
-    HALVES_ARE_GROUPS: tl.constexpr = GROUP_SIZE == SLICE // 2
     PARTS: tl.constexpr = TOKENS // 8
     X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
     if IS_EARLY:
         let_next_begin()
-    turn, token_block = tl.program_id(1), tl.program_id(2)
+    turn = tl.program_id(1)
     eight = tl.arange(0, 8)
     totals = ()
     for _ in tl.static_range(PARTS):
@@ -174,26 +114,27 @@ def tile_gemm_kernel(
                 SEGMENT,
                 DTYPE,
             )
+            size = tokens.to(tl.int64) * out_features
+            job_sums = sums_ptr + splits * size + job * (ROWS * TOKENS)
             for part in tl.static_range(PARTS):
-                places = job_places(
-                    sums_ptr, part, tokens, out_features, splits, ROWS, TOKENS
-                )
-                places += job * tl.num_programs(2) * (ROWS * TOKENS)
+                places = job_sums + job_places(part, ROWS, TOKENS, 8)
                 tl.store(places, totals[part])
             add_up(
-                counters_ptr,
-                job_starts_ptr,
+                counters_ptr + row_block * COUNTERS,
                 sums_ptr,
                 bias_ptr,
                 out_ptr,
                 row_block,
+                0,
                 tokens,
                 out_features,
                 splits,
+                tl.load(job_starts_ptr + row_block),
+                tl.load(job_starts_ptr + row_block + 1),
                 HAS_BIAS,
                 ROWS,
                 TOKENS,
-                TOKEN_BLOCKS,
+                8,
             )
         return
 
@@ -213,7 +154,7 @@ def tile_gemm_kernel(
     half_columns = tl.arange(0, SLICE // 2)[None, :]
     x_starts = ()
     for part in tl.static_range(PARTS):
-        token = token_block * TOKENS + part * 8 + eight[:, None]
+        token = part * 8 + eight[:, None]
         x_starts += (
             x_ptr + tl.minimum(token, tokens - 1) * in_features + half_columns,
         )
@@ -251,20 +192,20 @@ def tile_gemm_kernel(
         high_second = high >> 1
         for field in tl.static_range(FIELDS):
             for half in tl.static_range(2):
-                if half == 0:
-                    words = slice_words(low, high, offset, field, BITS)
-                else:
-                    words = slice_words(low_second, high_second, offset, field, BITS)
-                if half == 0 or HALVES_ARE_GROUPS:
-                    group = grid[
-                        group_in_block(
-                            field * SLICE + half * (SLICE // 2), COLUMNS, GROUP_SIZE
-                        )
-                    ]
-                    zeros = negative_zeros(group, offset, field, BITS)[:, None]
-                    scales = scale_pairs(group, field, BITS, DTYPE, X_TYPE)[:, None]
-                words = pair_weights(words, zeros, scales, X_TYPE)
-                weights = deal(value_pairs(words, X_TYPE), WIDTH)
+                weights = half_slice(
+                    low if half == 0 else low_second,
+                    high if half == 0 else high_second,
+                    grid,
+                    offset,
+                    field,
+                    half,
+                    GROUP_SIZE,
+                    BITS,
+                    BLOCK_WORDS,
+                    WIDTH,
+                    DTYPE,
+                    X_TYPE,
+                )
                 columns = block * COLUMNS + (field * SLICE + half * (SLICE // 2))
                 added = ()
                 for part in tl.static_range(PARTS):
@@ -279,28 +220,27 @@ def tile_gemm_kernel(
         grid = next_grid
 
     for part in tl.static_range(PARTS):
-        token = token_block * TOKENS + part * 8 + eight[None, :]
+        token = part * 8 + eight[None, :]
+        total = totals[part]
         if IS_SPLIT:
-            size = tokens.to(tl.int64) * out_features
-            places = sums_ptr + split * size + token.to(tl.int64) * out_features + rows
-            mask = (rows < out_features) & (token < tokens)
-            tl.store(places, totals[part], mask=mask)
+            store_sums(sums_ptr, total, split, rows, token, tokens, out_features)
         else:
-            total = totals[part]
             store(out_ptr, bias_ptr, total, rows, token, tokens, out_features, HAS_BIAS)
     if IS_SPLIT:
         add_up(
-            counters_ptr,
-            job_starts_ptr,
+            counters_ptr + row_block * COUNTERS,
             sums_ptr,
             bias_ptr,
             out_ptr,
             row_block,
+            0,
             tokens,
             out_features,
             splits,
+            tl.load(job_starts_ptr + row_block),
+            tl.load(job_starts_ptr + row_block + 1),
             HAS_BIAS,
             ROWS,
             TOKENS,
-            TOKEN_BLOCKS,
+            8,
         )

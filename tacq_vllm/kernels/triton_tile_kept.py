@@ -13,7 +13,7 @@ from tacq_vllm.kernels.triton_tile_codes import entry_columns, entry_rows
 
 @triton.jit
 def deal_halves(first, second, WIDTH: tl.constexpr):
-    """What `triton_tile_gemm.deal` makes of columns [n, 16] and the next 16."""
+    """What `triton_tile_blocks.deal` makes of columns [n, 16] and the next 16."""
     both = tl.join(
         first.reshape(first.shape[0], 4, 2, 2), second.reshape(first.shape[0], 4, 2, 2)
     )
@@ -62,7 +62,6 @@ def add_kept(
     # Every row's thread loads the same ones.
     zeros = tl.arange(0, 8)[:, None] * 0
     entries = zeros + tl.arange(0, SEGMENT // 2)[None, :]
-    first_token = tl.program_id(2) * (8 * len(totals))
     for start in range(first, last, STEP):
         for number in tl.static_range(STEP):
             segment = start + number
@@ -76,7 +75,7 @@ def add_kept(
             )
             added = ()
             for part in tl.static_range(len(totals)):
-                token = first_token + part * 8 + tl.arange(0, 8)
+                token = part * 8 + tl.arange(0, 8)
                 x_rows = x_ptr + tl.minimum(token, tokens - 1) * in_features
                 x_rows = x_rows[None, :, None]
                 x = deal_halves(
@@ -94,3 +93,46 @@ def add_kept(
                 added += (total,)
             totals = added
     return totals
+
+
+@triton.jit
+def add_kept_of_blocks(
+    total,
+    x_rows,
+    starts_ptr,
+    columns_ptr,
+    segments_ptr,
+    first_block,
+    blocks,
+    split,
+    splits,
+    BLOCKS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Add a split's share of the kept weights of several blocks of rows times x.
+
+    Sums are [BLOCKS · 16, tokens], tokens begin at `x_rows` [tokens, 1].
+    """
+    X_TYPE: tl.constexpr = x_rows.dtype.element_ty
+    first = tl.load(starts_ptr + first_block)
+    count = tl.load(starts_ptr + tl.minimum(first_block + BLOCKS, blocks)) - first
+    rows = tl.arange(0, 16 * BLOCKS)[:, None]
+    for segment in range(
+        first + count * split // splits, first + count * (split + 1) // splits
+    ):
+        block = 0
+        for number in tl.static_range(1, BLOCKS):
+            start = tl.load(starts_ptr + tl.minimum(first_block + number, blocks))
+            block += (segment >= start).to(tl.int32)
+        words = tl.load(segments_ptr + segment * SEGMENT + tl.arange(0, SEGMENT))
+        columns = entry_columns(words, tl.load(columns_ptr + segment))[None, :]
+        owners, values = block * 16 + entry_rows(words), high_half(words, DTYPE)
+        weights = tl.where(rows == owners[None, :], values[None, :], 0)
+        x = tl.load(x_rows + columns).trans()
+        if DTYPE == X_TYPE:
+            total = tl.dot(weights.to(X_TYPE), x, total)
+        else:
+            x = x.to(tl.float32)
+            total = tl.dot(weights, x, total, input_precision="tf32x3")
+    return total

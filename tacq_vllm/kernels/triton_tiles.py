@@ -2,11 +2,12 @@
 
 | tokens | way |
 | --- | --- |
-| up to two of the largest tiles | `triton_tile_gemm`: tensor cores |
+| few | `triton_tile_gemm`: tensor cores, programs of one warp |
+| a batch | `triton_tile_batch`: tensor cores, warps that share x |
 | more | `triton_tile_dequantize` into a workspace, then PyTorch's product |
 """
 
-import functools
+from typing import TypeVar
 
 import torch
 import triton
@@ -25,20 +26,19 @@ from tacq_vllm.kernels.tiles import (
     block_columns,
 )
 from tacq_vllm.kernels.triton_dense import DenseParts, dense_product
+from tacq_vllm.kernels.triton_device import capability, multiprocessors
 from tacq_vllm.kernels.triton_early import can_be_early
+from tacq_vllm.kernels.triton_tile_batch import tile_batch_kernel
 from tacq_vllm.kernels.triton_tile_codes import offset_words
 from tacq_vllm.kernels.triton_tile_dequantize import (
     add_kept_kernel,
     tile_dequantize_kernel,
 )
 from tacq_vllm.kernels.triton_tile_gemm import tile_gemm_kernel
-from tacq_vllm.kernels.triton_tuning import Tuning
+from tacq_vllm.kernels.triton_tuning import TiledBatch, TiledGemm, Tuning
 
-OPERAND_WIDTH = 2 if Version(triton.__version__) >= Version("3.8") else 4
-"""Columns of an operand that Triton gives a thread before the next thread's begin.
-
-Another number gives the same products; but then operands are exchanged between threads.
-"""
+BATCH_STEP = 32
+"""Tokens of a batch whose sums are added up at a time."""
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -47,8 +47,11 @@ def tiles_product(
     x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning
 ) -> Tensor:
     """Multiply x [tokens, in], contiguous, 16 bits, with the weight: [tokens, out]."""
-    if x.shape[0] <= _gemm_tokens(tuning):
-        return _gemm(x, tiled, bias, tuning)
+    tokens = x.shape[0]
+    if tokens <= tuning.tiled_gemm[-1].tokens:
+        return _gemm(x, tiled, bias, _smallest(tuning.tiled_gemm, tokens))
+    if tokens <= _batch_tokens(tuning):
+        return _batch(x, tiled, bias, _smallest(tuning.tiled_batch, tokens))
     return dense_product(x, tiles_dense(tiled, x.dtype, tuning), bias)
 
 
@@ -64,38 +67,54 @@ def tiles_dense(tiled: TiledLinear, dtype: torch.dtype, tuning: Tuning) -> Dense
 
 def tiles_token_counts(tuning: Tuning) -> tuple[int, ...]:
     """Numbers of tokens that between them need every kernel."""
-    largest = tuning.tiled_gemm[-1].tokens
-    several = range(2 * largest, _gemm_tokens(tuning) + 1, largest)
-    smaller = (tile.tokens for tile in tuning.tiled_gemm)
-    return (*smaller, *several, _gemm_tokens(tuning) + 1)
+    few = [shape.tokens for shape in tuning.tiled_gemm]
+    batches = [shape.tokens for shape in tuning.tiled_batch]
+    most = _batch_tokens(tuning)
+    blocks = range(2 * batches[-1], most + 1, batches[-1]) if batches else []
+    return (*few, *batches, *blocks, max(most, few[-1]) + 1)
 
 
-def _gemm_tokens(tuning: Tuning) -> int:
-    """Tokens up to which dequantizing does not pay."""
-    return TOKEN_BLOCKS * tuning.tiled_gemm[-1].tokens
+def operand_width(major: int, warps: int) -> int:
+    """Columns of an operand that Triton gives a thread before the next thread's begin.
+
+    Another number gives the same products; but then operands are exchanged between
+    threads. On GPUs of the major compute capability 9 four warps multiply together.
+    """
+    is_newer = Version(triton.__version__) >= Version("3.8")
+    return 2 if is_newer or (major == 9 and warps == 4) else 4
 
 
-def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) -> Tensor:
+def _batch_tokens(tuning: Tuning) -> int:
+    """Tokens up to which `triton_tile_batch` multiplies."""
+    return TOKEN_BLOCKS * tuning.tiled_batch[-1].tokens if tuning.tiled_batch else 0
+
+
+_Shape = TypeVar("_Shape", TiledGemm, TiledBatch)
+
+
+def _smallest(shapes: tuple[_Shape, ...], tokens: int) -> _Shape:
+    """The first that takes all tokens at once, or else the last."""
+    return next((shape for shape in shapes if tokens <= shape.tokens), shapes[-1])
+
+
+def _gemm(
+    x: Tensor, tiled: TiledLinear, bias: Tensor | None, shape: TiledGemm
+) -> Tensor:
     tokens, out_features = x.shape[0], tiled.out_features
-    shapes = tuning.tiled_gemm
-    shape = next((tile for tile in shapes if tokens <= tile.tokens), shapes[-1])
     row_blocks = triton.cdiv(out_features, ROWS)
-    token_blocks = triton.cdiv(tokens, shape.tokens)
-    places = _multiprocessors(x.device)
+    places = multiprocessors(x.device)
     is_early = can_be_early(x.device)
     jobs = tiled.job_blocks.numel()
     # No more programs than can be there at once: the last ones would be alone.
-    splits = (shape.warps * places - jobs) // (row_blocks * token_blocks)
+    splits = (shape.warps * places - jobs) // row_blocks
     splits = max(1, min(splits, tiled.blocks, places))
     out = x.new_empty(tokens, out_features)
     sums = None
     if splits > 1 or jobs:
-        size = (
-            splits * tokens * out_features + jobs * token_blocks * ROWS * shape.tokens
-        )
+        size = splits * tokens * out_features + jobs * ROWS * shape.tokens
         sums = x.new_empty(size, dtype=torch.float32)
     turns = triton.cdiv(row_blocks, places // splits)
-    tile_gemm_kernel[places, turns + triton.cdiv(jobs, places), token_blocks](
+    tile_gemm_kernel[places, turns + triton.cdiv(jobs, places)](
         x,
         *_codes(tiled),
         *_kept(tiled),
@@ -118,11 +137,11 @@ def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) ->
         IS_PADDED=_is_padded(tiled),
         HAS_BIAS=bias is not None,
         IS_SPLIT=sums is not None,
-        WIDTH=OPERAND_WIDTH,
+        WIDTH=operand_width(capability(x.device), 1),
         BLOCK_WORDS=BLOCK_WORDS,
         ROWS=ROWS,
         TOKENS=shape.tokens,
-        TOKEN_BLOCKS=TOKEN_BLOCKS,
+        COUNTERS=TOKEN_BLOCKS,
         SEGMENT=SEGMENT,
         OWN_SEGMENTS=OWN_SEGMENTS,
         JOB_SEGMENTS=JOB_SEGMENTS,
@@ -132,6 +151,55 @@ def _gemm(x: Tensor, tiled: TiledLinear, bias: Tensor | None, tuning: Tuning) ->
         num_stages=1,
         maxnreg=shape.registers,
         **({"launch_pdl": True} if is_early else {}),
+    )
+    return out
+
+
+def _batch(
+    x: Tensor, tiled: TiledLinear, bias: Tensor | None, shape: TiledBatch
+) -> Tensor:
+    tokens, out_features = x.shape[0], tiled.out_features
+    row_blocks = triton.cdiv(out_features, ROWS * shape.warps)
+    token_blocks = triton.cdiv(tokens, shape.tokens)
+    places = multiprocessors(x.device)
+    splits = shape.programs * places // (row_blocks * token_blocks)
+    splits = max(1, min(splits, tiled.blocks, places))
+    out = x.new_empty(tokens, out_features)
+    sums = None
+    if splits > 1:
+        sums = x.new_empty(splits, tokens, out_features, dtype=torch.float32)
+    turns = triton.cdiv(row_blocks, places // splits)
+    tile_batch_kernel[places, turns, token_blocks](
+        x,
+        *_codes(tiled),
+        *_kept(tiled),
+        tiled.counters,
+        bias,
+        sums,
+        out,
+        tokens,
+        out_features,
+        tiled.in_features,
+        tiled.blocks,
+        splits,
+        offset_words(_DTYPES[x.dtype]),
+        GROUP_SIZE=tiled.group_size,
+        BITS=tiled.bits,
+        IS_PADDED=_is_padded(tiled),
+        HAS_BIAS=bias is not None,
+        IS_SPLIT=splits > 1,
+        WIDTH=operand_width(capability(x.device), shape.warps),
+        BLOCK_WORDS=BLOCK_WORDS,
+        BLOCK_ROWS=ROWS,
+        WARPS=shape.warps,
+        TOKENS=shape.tokens,
+        STEP=BATCH_STEP,
+        COUNTERS=TOKEN_BLOCKS,
+        SEGMENT=SEGMENT,
+        DTYPE=_DTYPES[tiled.dtype],
+        num_warps=shape.warps,
+        num_stages=1,
+        maxnreg=shape.registers,
     )
     return out
 
@@ -184,11 +252,3 @@ def _kept(tiled: TiledLinear) -> tuple[Tensor, ...]:
 def _is_padded(tiled: TiledLinear) -> bool:
     """Whether the last block has columns that the weight does not have."""
     return tiled.in_features < tiled.blocks * block_columns(tiled.bits)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """How many a GPU has; in the interpreter, a number that divides little."""
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -6,7 +6,8 @@ arithmetic and the compiled code suggest for data-center GPUs of compute capabil
 and later.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,21 @@ class TiledGemm:
 
 
 @dataclass(frozen=True)
+class TiledBatch:
+    """How a batch of tokens is multiplied with a tiled weight: by larger programs."""
+
+    tokens: int
+    """At most."""
+    warps: int
+    """Of a program: as many blocks of rows."""
+    programs: int
+    """Programs that a multiprocessor has place for: columns are split where there would
+    be fewer."""
+    registers: int
+    """Of a thread, at most."""
+
+
+@dataclass(frozen=True)
 class GemmTile(Tile):
     """A tile of the product with several tokens."""
 
@@ -72,6 +88,8 @@ class Tuning:
     """Programs that fill the GPU: columns are split where there would be fewer."""
     tiled_gemm: tuple[TiledGemm, ...]
     """By tokens, ascending."""
+    tiled_batch: tuple[TiledBatch, ...]
+    """By tokens, ascending."""
     tiled_dequantize: TiledDequantize
 
 
@@ -92,5 +110,18 @@ TUNING = Tuning(
         TiledGemm(tokens=8, warps=16, registers=128),
         TiledGemm(tokens=16, warps=16, registers=128),
     ),
+    tiled_batch=(
+        TiledBatch(tokens=32, warps=4, programs=3, registers=168),
+        TiledBatch(tokens=64, warps=4, programs=3, registers=168),
+        TiledBatch(tokens=128, warps=4, programs=2, registers=255),
+    ),
     tiled_dequantize=TiledDequantize(rows=64, warps=4, segments=32, sharers=4),
 )
+
+
+@functools.cache
+def tuning_for(capability: int) -> Tuning:
+    """The tiles for GPUs of a major compute capability."""
+    # Tensor cores of 10 and 11 have a memory of their own; for them Triton 3.6 compiles
+    # the largest batch to nothing.
+    return replace(TUNING, tiled_batch=()) if capability in (10, 11) else TUNING

@@ -31,19 +31,26 @@ from tacq_vllm.kernels.triton_clusters import MAX_GEMV_TOKENS
 from tacq_vllm.kernels.triton_dequantize import dequantize_kernel
 from tacq_vllm.kernels.triton_gemm import gemm_kernel
 from tacq_vllm.kernels.triton_gemv import gemv_kernel
+from tacq_vllm.kernels.triton_tile_batch import tile_batch_kernel
 from tacq_vllm.kernels.triton_tile_dequantize import (
     add_kept_kernel,
     tile_dequantize_kernel,
 )
 from tacq_vllm.kernels.triton_tile_gemm import tile_gemm_kernel
-from tacq_vllm.kernels.triton_tiles import OPERAND_WIDTH
-from tacq_vllm.kernels.triton_tuning import TUNING, Tile, TiledGemm, Tuning
+from tacq_vllm.kernels.triton_tiles import BATCH_STEP, operand_width
+from tacq_vllm.kernels.triton_tuning import (
+    Tile,
+    TiledBatch,
+    TiledGemm,
+    Tuning,
+    tuning_for,
+)
 
 WORDS = "*i32"
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 """Shared memory that a program may have, by compute capability."""
-EXCHANGES = 60
-"""Between threads of `tile_gemm_kernel`: around its loop, in which codes take 200."""
+EXCHANGES = {tile_gemm_kernel: 60, tile_batch_kernel: 0}
+"""Between threads: around the loop at most, in which codes would take 100 and more."""
 
 
 def plane_kernels(
@@ -78,7 +85,7 @@ def cluster_kernels(tuning: Tuning) -> Iterator[tuple[Any, Tile, dict[str, Any]]
 
 
 def tile_kernels(
-    tuning: Tuning, bits: int, x: str
+    tuning: Tuning, bits: int, capability: int
 ) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
     """The same of the kernels of tiled weights, with a last block that is not full."""
     sizes: dict[str, Any] = {"GROUP_SIZE": 64, "BITS": bits, "IS_PADDED": True}
@@ -86,12 +93,16 @@ def tile_kernels(
     sizes |= {"SEGMENT": SEGMENT, "DTYPE": tl.bfloat16}
     if bits != 3:
         sizes |= {"qweight_high_ptr": None}
-    for shape in tuning.tiled_gemm:
-        own = {"ROWS": ROWS, "TOKENS": shape.tokens, "TOKEN_BLOCKS": TOKEN_BLOCKS}
-        own |= {"HAS_BIAS": True, "WIDTH": OPERAND_WIDTH}
-        own |= {"OWN_SEGMENTS": OWN_SEGMENTS, "JOB_SEGMENTS": JOB_SEGMENTS}
+    own: dict[str, Any] = {"HAS_BIAS": True, "COUNTERS": TOKEN_BLOCKS}
+    own |= {"BLOCK_ROWS": ROWS, "STEP": BATCH_STEP}
+    own |= {"OWN_SEGMENTS": OWN_SEGMENTS, "JOB_SEGMENTS": JOB_SEGMENTS}
+    tiles = [(tile_gemm_kernel, 1, shape) for shape in tuning.tiled_gemm]
+    tiles += [(tile_batch_kernel, shape.warps, shape) for shape in tuning.tiled_batch]
+    for kernel, warps, shape in tiles:
+        own |= {"ROWS": ROWS, "TOKENS": shape.tokens, "WARPS": warps}
+        own |= {"WIDTH": operand_width(capability // 10, warps)}
         for is_split in ({"IS_SPLIT": True}, {"IS_SPLIT": False, "sums_ptr": None}):
-            yield tile_gemm_kernel, shape, sizes | own | is_split
+            yield kernel, shape, sizes | own | is_split
     yield tile_dequantize_kernel, tuning.tiled_dequantize, sizes
     yield add_kept_kernel, tuning.tiled_dequantize, sizes
 
@@ -119,20 +130,18 @@ def compile_kernel(
                 name, WORDS if name.endswith("_ptr") else "i32"
             )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_stages": getattr(tile, "stages", 1)}
-    if isinstance(tile, TiledGemm):
-        options["num_warps"] = 1
+    warps = 1 if isinstance(tile, TiledGemm) else tile.warps
+    options = {"num_stages": getattr(tile, "stages", 1), "num_warps": warps}
+    if isinstance(tile, TiledGemm | TiledBatch):
         options["maxnreg"] = tile.registers
         options["launch_pdl"] = is_early
-    else:
-        options["num_warps"] = tile.warps
     compiled = triton.compile(source, target=target, options=options)
     assert compiled.metadata.shared <= SHARED_BYTES[target.arch], (
         f"{kernel.__name__} {tile}: {compiled.metadata.shared} bytes shared"
     )
-    if kernel is tile_gemm_kernel:
+    if kernel in EXCHANGES:
         count = compiled.asm["ptx"].count("shfl.sync")
-        assert count <= EXCHANGES, f"{tile}: {count} exchanges between threads"
+        assert count <= EXCHANGES[kernel], f"{tile}: {count} exchanges between threads"
     print(kernel.__name__, x, constants, flush=True)
 
 
@@ -144,16 +153,22 @@ def main() -> None:
     parser.add_argument("--largest", action="store_true", help="of each kernel")
     given = parser.parse_args()
     target = GPUTarget("cuda", given.capability, 32)
-    tuning = TUNING
+    tuning = tuning_for(given.capability // 10)
     if given.largest:
         tuning = replace(
-            tuning, gemm=tuning.gemm[-1:], tiled_gemm=tuning.tiled_gemm[-1:]
+            tuning,
+            gemm=tuning.gemm[-1:],
+            tiled_gemm=tuning.tiled_gemm[-1:],
+            tiled_batch=tuning.tiled_batch[-1:],
         )
     for bits in map(int, given.bits.split(",")):
         x = "*fp16" if bits == 4 else "*bf16"
-        for kernels in (plane_kernels, tile_kernels):
-            for kernel, tile, constants in kernels(tuning, bits, x):
-                compile_kernel(kernel, tile, constants, x, target)
+        kernels = (
+            *plane_kernels(tuning, bits, x),
+            *tile_kernels(tuning, bits, given.capability),
+        )
+        for kernel, tile, constants in kernels:
+            compile_kernel(kernel, tile, constants, x, target)
     for x in ("*fp32",) if given.largest else ("*bf16", "*fp32"):
         for kernel, tile, constants in cluster_kernels(tuning):
             compile_kernel(kernel, tile, constants, x, target)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels import triton_dense
 from tacq_vllm.kernels.reference import dequantize
+from tacq_vllm.kernels.triton_tuning import TUNING
 from tests.builders import assert_is_product, random_input, random_linear
 from tests.cuts import slice_columns, slice_rows
 from tests.kernels.cases import uneven_outliers
@@ -119,8 +120,8 @@ def test_cuts(bits: int) -> None:
 
 @pytest.mark.parametrize("splits", [2, 5, 100])
 def test_splits_add_up(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
-    tuning = replace(kernel.TUNING, programs=splits)
-    monkeypatch.setattr(kernel, "TUNING", tuning)
+    tuning = replace(TUNING, programs=splits)
+    monkeypatch.setattr(kernel, "tuning_for", lambda capability: tuning)
     packed, dense = random_linear(3, 40, 672, 32, 0.05, torch.bfloat16, 5)
     x, bias = random_input(9, 672), random_input(40)
 

@@ -15,6 +15,7 @@ from tacq_vllm.kernels import tiling, triton_dense
 from tacq_vllm.kernels.ops import arrange
 from tacq_vllm.kernels.tiles import ROWS, TiledLinear
 from tacq_vllm.kernels.tiling import can_tile, tile
+from tacq_vllm.kernels.triton_tuning import TUNING
 from tests.builders import assert_is_product, random_input, random_linear
 from tests.clusters import random_clustered
 from tests.interpreter import DEVICE
@@ -23,8 +24,8 @@ from tests.kernels.gpu import backward, kernel, to_device
 
 BITS = [2, 3, 4]
 DTYPES = [torch.float16, torch.bfloat16]
-EVERY_WAY = [1, 8, 9, 17, 65]
-"""Tokens: in one tile, in several, full and not, and more than those take."""
+EVERY_WAY = [1, 8, 9, 17, 64, 65, 257]
+"""Tokens: few, a batch, full and not, in several, and more than those take."""
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -48,7 +49,7 @@ def multiply(
     density=st.floats(0, 0.05),
     dtype=st.sampled_from(DTYPES),
     x_dtype=st.sampled_from(DTYPES),
-    tokens=st.integers(1, 20),
+    tokens=st.integers(1, 20) | st.integers(17, 260),
     with_bias=st.booleans(),
     seed=st.integers(0, 2**16),
 )
@@ -82,7 +83,7 @@ def test_uneven_outliers(bits: int, density: float, rows: slice) -> None:
         bits, 37, 512, 64, density, torch.bfloat16, 1, outlier_rows=rows
     )
 
-    for tokens in (1, 17):
+    for tokens in (1, 17, 100):
         x = random_input(tokens, 512, dtype=torch.bfloat16)
         assert_is_product(multiply(x, packed), x, dense)
 
@@ -105,19 +106,25 @@ def test_groups_larger_than_a_block(bits: int) -> None:
 
 def test_as_many_tiles_of_tokens_as_there_are() -> None:
     packed, dense = random_linear(3, 20, 1024, 64, 0.01, torch.bfloat16, 11)
-    x = random_input(64, 1024, dtype=torch.bfloat16)
+    x = random_input(256, 1024, dtype=torch.bfloat16)
 
     assert_is_product(multiply(x, packed), x, dense)
 
 
-@pytest.mark.parametrize("warps", [1, 8, 1000])
-def test_splits_add_up(monkeypatch: pytest.MonkeyPatch, warps: int) -> None:
-    tiles = tuple(replace(shape, warps=warps) for shape in kernel.TUNING.tiled_gemm)
-    tuning = replace(kernel.TUNING, tiled_gemm=tiles)
-    monkeypatch.setattr(kernel, "TUNING", tuning)
-    packed, dense = random_linear(3, 36, 2560, 64, 0.02, torch.bfloat16, 3)
-    x = random_input(5, 2560, dtype=torch.bfloat16)
-    bias = random_input(36, dtype=torch.bfloat16)
+@pytest.mark.parametrize("programs", [1, 8, 1000])
+@pytest.mark.parametrize("tokens", [5, 30, 130])
+def test_splits_add_up(
+    monkeypatch: pytest.MonkeyPatch, programs: int, tokens: int
+) -> None:
+    tuning = replace(
+        TUNING,
+        tiled_gemm=tuple(replace(t, warps=programs) for t in TUNING.tiled_gemm),
+        tiled_batch=tuple(replace(t, programs=programs) for t in TUNING.tiled_batch),
+    )
+    monkeypatch.setattr(kernel, "tuning_for", lambda capability: tuning)
+    packed, dense = random_linear(3, 84, 2560, 64, 0.02, torch.bfloat16, 3)
+    x = random_input(tokens, 2560, dtype=torch.bfloat16)
+    bias = random_input(84, dtype=torch.bfloat16)
 
     out = multiply(x, packed, bias)
 
@@ -209,7 +216,7 @@ def test_other_programs_share_a_row_with_very_many_kept_weights() -> None:
 
     assert len(jobs) > 3
     assert not jobs.any()
-    for tokens in (1, 12):
+    for tokens in (1, 12, 40):
         x = random_input(tokens, 6144, dtype=torch.float16)
         assert_is_product(multiply(x, packed), x, dense)
 

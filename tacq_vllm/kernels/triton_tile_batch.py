@@ -1,0 +1,203 @@
+"""A batch of tokens times a tiled weight on tensor cores, in one launch.
+
+A program is several warps, each with a block of rows of its own. Threads turn the words
+that they have loaded into operands, as in `triton_tile_gemm`: nothing is exchanged
+between them but x, which all warps share. Where columns are split, programs leave their
+sums in a workspace, and the last one of the same rows adds them up in their order.
+"""
+
+import triton
+import triton.language as tl
+
+from tacq_vllm.kernels.triton_tile_blocks import (
+    deal,
+    half_slice,
+    load_grid,
+    load_words,
+    row_share,
+)
+from tacq_vllm.kernels.triton_tile_kept import add_kept_of_blocks
+from tacq_vllm.kernels.triton_tile_sums import add_up, store, store_sums
+
+
+@triton.jit
+def deal_rows(values, WARPS: tl.constexpr):
+    """Rows [16 · WARPS, n] in another order: a warp's are neighbours.
+
+    A warp has loaded eight rows of either half, and tensor cores want sixteen that
+    follow each other.
+    """
+    halves = values.reshape(2, WARPS, 8, values.shape[1])
+    return halves.permute(1, 0, 2, 3).reshape(16 * WARPS, values.shape[1])
+
+
+@triton.jit
+def dealt_rows(WARPS: tl.constexpr):
+    """The row that each of those loaded will be: int32 [16 · WARPS]."""
+    loaded = tl.arange(0, 16 * WARPS)
+    half, warp = loaded // (8 * WARPS), loaded // 8 % WARPS
+    return warp * 16 + half * 8 + loaded % 8
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "splits", "offset"])
+def tile_batch_kernel(
+    x_ptr,
+    qweight_ptr,
+    qweight_high_ptr,
+    grid_ptr,
+    starts_ptr,
+    columns_ptr,
+    segments_ptr,
+    counters_ptr,
+    bias_ptr,
+    sums_ptr,
+    out_ptr,
+    tokens,
+    out_features,
+    in_features,
+    blocks,
+    splits,
+    offset,
+    GROUP_SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    IS_PADDED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+    COUNTERS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Multiply x [tokens, in]: out [tokens, out].
+
+    The grid is (multiprocessors, turns, tokens / TOKENS); a program has WARPS blocks of
+    rows, and a split adds up its share of the blocks of columns and of kept weights.
+    Sums are [splits, tokens, out]; with one split, IS_SPLIT is false. `offset` is
+    `offset_words`, GROUP_SIZE is 0 for groups that are whole rows, IS_PADDED says that
+    the last block has more columns than x; WIDTH is of `deal`, STEP of `add_up`.
+    """
+    FIELDS: tl.constexpr = 4 if BITS == 4 else 8
+    HALF: tl.constexpr = BLOCK_WORDS // 2
+    SLICE: tl.constexpr = 2 * BLOCK_WORDS
+    COLUMNS: tl.constexpr = FIELDS * SLICE
+    ROWS: tl.constexpr = WARPS * BLOCK_ROWS
+    X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    row_block, split = row_share(tl.program_id(1), splits)
+    if row_block * ROWS >= out_features:
+        return
+    # What is past the last row or token is computed of the last one, and not stored.
+    loaded = tl.minimum(row_block * ROWS + dealt_rows(WARPS), out_features - 1)
+    code_rows = loaded[:, None] * blocks
+    half_words = tl.arange(0, HALF)[None, :]
+    low_ptr = qweight_ptr + code_rows * BLOCK_WORDS + half_words
+    high_ptr = low_ptr
+    if BITS == 3:
+        high_ptr = qweight_high_ptr + code_rows * HALF + half_words
+    groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
+    grid_rows = grid_ptr + loaded // BLOCK_ROWS * (groups * BLOCK_ROWS)
+    grid_rows += loaded % BLOCK_ROWS
+    first_token = tl.program_id(2) * TOKENS
+    token = first_token + tl.arange(0, TOKENS)
+    x_rows = x_ptr + tl.minimum(token, tokens - 1)[:, None] * in_features
+    half_columns = tl.arange(0, SLICE // 2)[None, :]
+
+    total = add_kept_of_blocks(
+        tl.zeros([ROWS, TOKENS], tl.float32),
+        x_rows,
+        starts_ptr,
+        columns_ptr,
+        segments_ptr,
+        row_block * WARPS,
+        tl.cdiv(out_features, BLOCK_ROWS),
+        split,
+        splits,
+        WARPS,
+        SEGMENT,
+        DTYPE,
+    )
+    first_block = split * blocks // splits
+    last_block = (split + 1) * blocks // splits
+    low, low_second, high = load_words(
+        low_ptr, high_ptr, first_block, BLOCK_WORDS, BITS
+    )
+    grid = load_grid(grid_rows, first_block, COLUMNS, GROUP_SIZE, BLOCK_ROWS)
+    x = load_x(x_rows, first_block * COLUMNS + half_columns, in_features, IS_PADDED)
+    for block in range(first_block, last_block):
+        # The next block, and the next x, are asked for before these are multiplied.
+        next_block = tl.minimum(block + 1, last_block - 1)
+        next_low, next_second, next_high = load_words(
+            low_ptr, high_ptr, next_block, BLOCK_WORDS, BITS
+        )
+        next_grid = load_grid(grid_rows, next_block, COLUMNS, GROUP_SIZE, BLOCK_ROWS)
+        high_second = high >> 1
+        for number in tl.static_range(2 * FIELDS):
+            if number < 2 * FIELDS - 1:
+                columns = block * COLUMNS + (number + 1) * (SLICE // 2)
+            else:
+                columns = next_block * COLUMNS
+            next_x = load_x(x_rows, columns + half_columns, in_features, IS_PADDED)
+            weights = half_slice(
+                low if number % 2 == 0 else low_second,
+                high if number % 2 == 0 else high_second,
+                grid,
+                offset,
+                number // 2,
+                number % 2,
+                GROUP_SIZE,
+                BITS,
+                BLOCK_WORDS,
+                WIDTH,
+                DTYPE,
+                X_TYPE,
+            )
+            weights = deal_rows(weights, WARPS)
+            total = tl.dot(weights, deal(x, WIDTH).trans(), total)
+            x = next_x
+        low, low_second, high = next_low, next_second, next_high
+        grid = next_grid
+
+    rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
+    if IS_SPLIT:
+        store_sums(sums_ptr, total, split, rows, token[None, :], tokens, out_features)
+        add_up(
+            counters_ptr + row_block * (WARPS * COUNTERS) + tl.program_id(2),
+            sums_ptr,
+            bias_ptr,
+            out_ptr,
+            row_block,
+            first_token,
+            tokens,
+            out_features,
+            splits,
+            0,
+            0,
+            HAS_BIAS,
+            ROWS,
+            TOKENS,
+            STEP,
+        )
+    else:
+        store(
+            out_ptr,
+            bias_ptr,
+            total,
+            rows,
+            token[None, :],
+            tokens,
+            out_features,
+            HAS_BIAS,
+        )
+
+
+@triton.jit
+def load_x(x_rows, columns, in_features, IS_PADDED: tl.constexpr):
+    """Load x [tokens, columns]; what it does not have is 0."""
+    if IS_PADDED:
+        return tl.load(x_rows + columns, mask=columns < in_features, other=0)
+    else:
+        return tl.load(x_rows + columns)
