@@ -111,7 +111,6 @@ TUNING = Tuning(
         TiledGemm(tokens=16, warps=16, registers=128),
     ),
     tiled_batch=(
-        TiledBatch(tokens=32, warps=4, programs=3, registers=168),
         TiledBatch(tokens=64, warps=4, programs=3, registers=168),
         TiledBatch(tokens=128, warps=4, programs=2, registers=255),
     ),

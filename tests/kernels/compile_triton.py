@@ -101,8 +101,9 @@ def tile_kernels(
     for kernel, warps, shape in tiles:
         own |= {"ROWS": ROWS, "TOKENS": shape.tokens, "WARPS": warps}
         own |= {"WIDTH": operand_width(capability // 10, warps)}
-        for is_split in ({"IS_SPLIT": True}, {"IS_SPLIT": False, "sums_ptr": None}):
-            yield kernel, shape, sizes | own | is_split
+        yield kernel, shape, sizes | own | {"IS_SPLIT": True}
+        if bits == 3:
+            yield kernel, shape, sizes | own | {"IS_SPLIT": False, "sums_ptr": None}
     yield tile_dequantize_kernel, tuning.tiled_dequantize, sizes
     yield add_kept_kernel, tuning.tiled_dequantize, sizes
 

@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-TOKENS = [1, 2, 8, 16, 100, 300]
+TOKENS = [1, 2, 8, 16, 40, 100, 200, 300]
 
 
 def linear_on_gpu(bits: int, n: int, k: int, group_size: int) -> PackedLinear:

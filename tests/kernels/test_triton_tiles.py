@@ -24,8 +24,8 @@ from tests.kernels.gpu import backward, kernel, to_device
 
 BITS = [2, 3, 4]
 DTYPES = [torch.float16, torch.bfloat16]
-EVERY_WAY = [1, 8, 9, 17, 64, 65, 257]
-"""Tokens: few, a batch, full and not, in several, and more than those take."""
+EVERY_WAY = [1, 9, 17, 65, 257]
+"""Tokens: few, a batch in each of its tiles, and more than those take."""
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -112,7 +112,7 @@ def test_as_many_tiles_of_tokens_as_there_are() -> None:
 
 
 @pytest.mark.parametrize("programs", [1, 8, 1000])
-@pytest.mark.parametrize("tokens", [5, 30, 130])
+@pytest.mark.parametrize("tokens", [5, 130])
 def test_splits_add_up(
     monkeypatch: pytest.MonkeyPatch, programs: int, tokens: int
 ) -> None:
@@ -122,9 +122,9 @@ def test_splits_add_up(
         tiled_batch=tuple(replace(t, programs=programs) for t in TUNING.tiled_batch),
     )
     monkeypatch.setattr(kernel, "tuning_for", lambda capability: tuning)
-    packed, dense = random_linear(3, 84, 2560, 64, 0.02, torch.bfloat16, 3)
-    x = random_input(tokens, 2560, dtype=torch.bfloat16)
-    bias = random_input(84, dtype=torch.bfloat16)
+    packed, dense = random_linear(3, 68, 1536, 64, 0.02, torch.bfloat16, 3)
+    x = random_input(tokens, 1536, dtype=torch.bfloat16)
+    bias = random_input(68, dtype=torch.bfloat16)
 
     out = multiply(x, packed, bias)
 

@@ -15,7 +15,12 @@ from tests.kernels.gpu import kernel
 
 KERNELS = {
     triton_planes: ("gemv_kernel", "gemm_kernel", "dequantize_kernel"),
-    triton_tiles: ("tile_gemm_kernel", "tile_dequantize_kernel", "add_kept_kernel"),
+    triton_tiles: (
+        "tile_gemm_kernel",
+        "tile_batch_kernel",
+        "tile_dequantize_kernel",
+        "add_kept_kernel",
+    ),
     triton_clusters: ("cluster_gemv_kernel", "cluster_dequantize_kernel"),
 }
 
@@ -38,8 +43,8 @@ class Launcher:
     "linear",
     [
         random_linear(3, 96, 512, 64, 0.01, torch.bfloat16, 0)[0],
-        # Its columns are split for 16 tokens, and for more they are not.
-        tile(random_linear(3, 320, 1024, 64, 0.01, torch.bfloat16, 0)[0]),
+        # Its columns are split for up to 128 tokens, and for more they are not.
+        tile(random_linear(3, 192, 1024, 64, 0.01, torch.bfloat16, 0)[0]),
         random_clustered(96, 192, -1, 0.01, torch.bfloat16, 0)[0],
     ],
     ids=["planes", "tiles", "clusters"],
@@ -58,7 +63,7 @@ def test_every_number_of_tokens(
     kernel.warm_up(linear, torch.bfloat16, bias)
     warm = set(compiled)
 
-    for tokens in range(1, 200):
+    for tokens in range(1, 260):
         x = torch.zeros(tokens, linear.in_features, dtype=torch.bfloat16)
         kernel.multiply(x, linear, bias)
 
