@@ -111,10 +111,10 @@ def test_as_many_tiles_of_tokens_as_there_are() -> None:
     assert_is_product(multiply(x, packed), x, dense)
 
 
-@pytest.mark.parametrize("programs", [1, 8, 1000])
-@pytest.mark.parametrize("tokens", [5, 130])
+@pytest.mark.parametrize("programs", [1, 1000])
+@pytest.mark.parametrize(("tokens", "rows"), [(5, 36), (130, 68)])
 def test_splits_add_up(
-    monkeypatch: pytest.MonkeyPatch, programs: int, tokens: int
+    monkeypatch: pytest.MonkeyPatch, programs: int, tokens: int, rows: int
 ) -> None:
     tuning = replace(
         TUNING,
@@ -122,9 +122,9 @@ def test_splits_add_up(
         tiled_batch=tuple(replace(t, programs=programs) for t in TUNING.tiled_batch),
     )
     monkeypatch.setattr(kernel, "tuning_for", lambda capability: tuning)
-    packed, dense = random_linear(3, 68, 1536, 64, 0.02, torch.bfloat16, 3)
+    packed, dense = random_linear(3, rows, 1536, 64, 0.02, torch.bfloat16, 3)
     x = random_input(tokens, 1536, dtype=torch.bfloat16)
-    bias = random_input(68, dtype=torch.bfloat16)
+    bias = random_input(rows, dtype=torch.bfloat16)
 
     out = multiply(x, packed, bias)
 
