@@ -130,7 +130,14 @@ def compile_kernel(
             signature[name] = pointers.get(
                 name, WORDS if name.endswith("_ptr") else "i32"
             )
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    # What a launch finds of large weights: addresses and sizes are multiples of 16.
+    sixteen = [["tt.divisibility", 16]]
+    attributes = {
+        (number,): sixteen
+        for number, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name.endswith("_features")
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     warps = 1 if isinstance(tile, TiledGemm) else tile.warps
     options = {"num_stages": getattr(tile, "stages", 1), "num_warps": warps}
     if isinstance(tile, TiledGemm | TiledBatch):
