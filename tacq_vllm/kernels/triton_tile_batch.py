@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from tacq_vllm.kernels.triton_tile_blocks import (
-    deal,
+    dealt_columns,
     half_slice,
     load_grid,
     load_words,
@@ -39,6 +39,30 @@ def dealt_rows(WARPS: tl.constexpr):
     return warp * 16 + half * 8 + loaded % 8
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def turn_kernel(
+    x_ptr,
+    out_ptr,
+    tokens,
+    in_features,
+    columns,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Turn x [tokens, in]: out [tokens / TOKENS, columns, TOKENS].
+
+    The grid is (columns / COLUMNS, tokens / TOKENS). What x does not have is 0.
+    """
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    token = tl.arange(0, TOKENS)
+    x_rows = (tl.program_id(1) * TOKENS + token)[:, None]
+    mask = (x_rows < tokens) & (column[None, :] < in_features)
+    x = tl.load(x_ptr + x_rows * in_features + column[None, :], mask=mask, other=0)
+    out_rows = tl.program_id(1) * columns + column[:, None]
+    mask = column[:, None] < columns
+    tl.store(out_ptr + out_rows * TOKENS + token[None, :], x.trans(), mask=mask)
+
+
 @triton.jit(do_not_specialize=["tokens", "blocks", "splits", "offset"])
 def tile_batch_kernel(
     x_ptr,
@@ -54,13 +78,11 @@ def tile_batch_kernel(
     out_ptr,
     tokens,
     out_features,
-    in_features,
     blocks,
     splits,
     offset,
     GROUP_SIZE: tl.constexpr,
     BITS: tl.constexpr,
-    IS_PADDED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -73,13 +95,13 @@ def tile_batch_kernel(
     SEGMENT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Multiply x [tokens, in]: out [tokens, out].
+    """Multiply x [tokens / TOKENS, columns of all blocks, TOKENS]: out [tokens, out].
 
     The grid is (multiprocessors, turns, tokens / TOKENS); a program has WARPS blocks of
     rows, and a split adds up its share of the blocks of columns and of kept weights.
     Sums are [splits, tokens, out]; with one split, IS_SPLIT is false. `offset` is
-    `offset_words`, GROUP_SIZE is 0 for groups that are whole rows, IS_PADDED says that
-    the last block has more columns than x; WIDTH is of `deal`, STEP of `add_up`.
+    `offset_words`, GROUP_SIZE is 0 for groups that are whole rows; WIDTH is of `deal`,
+    STEP of `add_up`.
     """
     FIELDS: tl.constexpr = 4 if BITS == 4 else 8
     HALF: tl.constexpr = BLOCK_WORDS // 2
@@ -101,14 +123,20 @@ def tile_batch_kernel(
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
     grid_rows = grid_ptr + loaded // BLOCK_ROWS * (groups * BLOCK_ROWS)
     grid_rows += loaded % BLOCK_ROWS
-    first_token = tl.program_id(2) * TOKENS
-    token = first_token + tl.arange(0, TOKENS)
-    x_rows = x_ptr + tl.minimum(token, tokens - 1)[:, None] * in_features
-    half_columns = tl.arange(0, SLICE // 2)[None, :]
+    x_ptr += tl.program_id(2) * (blocks * (COLUMNS * TOKENS))
+    x_rows = x_ptr + dealt_columns(WIDTH)[:, None] * TOKENS
+    x_rows += tl.arange(0, TOKENS)[None, :]
 
+    first_block = split * blocks // splits
+    last_block = (split + 1) * blocks // splits
+    low, low_second, high = load_words(
+        low_ptr, high_ptr, first_block, BLOCK_WORDS, BITS
+    )
+    grid = load_grid(grid_rows, first_block, COLUMNS, GROUP_SIZE, BLOCK_ROWS)
+    x = tl.load(x_rows + first_block * (COLUMNS * TOKENS))
     total = add_kept_of_blocks(
         tl.zeros([ROWS, TOKENS], tl.float32),
-        x_rows,
+        x_ptr,
         starts_ptr,
         columns_ptr,
         segments_ptr,
@@ -120,13 +148,6 @@ def tile_batch_kernel(
         SEGMENT,
         DTYPE,
     )
-    first_block = split * blocks // splits
-    last_block = (split + 1) * blocks // splits
-    low, low_second, high = load_words(
-        low_ptr, high_ptr, first_block, BLOCK_WORDS, BITS
-    )
-    grid = load_grid(grid_rows, first_block, COLUMNS, GROUP_SIZE, BLOCK_ROWS)
-    x = load_x(x_rows, first_block * COLUMNS + half_columns, in_features, IS_PADDED)
     for block in range(first_block, last_block):
         # The next block, and the next x, are asked for before these are multiplied.
         next_block = tl.minimum(block + 1, last_block - 1)
@@ -140,7 +161,7 @@ def tile_batch_kernel(
                 columns = block * COLUMNS + (number + 1) * (SLICE // 2)
             else:
                 columns = next_block * COLUMNS
-            next_x = load_x(x_rows, columns + half_columns, in_features, IS_PADDED)
+            next_x = tl.load(x_rows + columns * TOKENS)
             weights = half_slice(
                 low if number % 2 == 0 else low_second,
                 high if number % 2 == 0 else high_second,
@@ -156,14 +177,16 @@ def tile_batch_kernel(
                 X_TYPE,
             )
             weights = deal_rows(weights, WARPS)
-            total = tl.dot(weights, deal(x, WIDTH).trans(), total)
+            total = tl.dot(weights, x, total)
             x = next_x
         low, low_second, high = next_low, next_second, next_high
         grid = next_grid
 
+    first_token = tl.program_id(2) * TOKENS
+    token = first_token + tl.arange(0, TOKENS)[None, :]
     rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
     if IS_SPLIT:
-        store_sums(sums_ptr, total, split, rows, token[None, :], tokens, out_features)
+        store_sums(sums_ptr, total, split, rows, token, tokens, out_features)
         add_up(
             counters_ptr + row_block * (WARPS * COUNTERS) + tl.program_id(2),
             sums_ptr,
@@ -182,22 +205,4 @@ def tile_batch_kernel(
             STEP,
         )
     else:
-        store(
-            out_ptr,
-            bias_ptr,
-            total,
-            rows,
-            token[None, :],
-            tokens,
-            out_features,
-            HAS_BIAS,
-        )
-
-
-@triton.jit
-def load_x(x_rows, columns, in_features, IS_PADDED: tl.constexpr):
-    """Load x [tokens, columns]; what it does not have is 0."""
-    if IS_PADDED:
-        return tl.load(x_rows + columns, mask=columns < in_features, other=0)
-    else:
-        return tl.load(x_rows + columns)
+        store(out_ptr, bias_ptr, total, rows, token, tokens, out_features, HAS_BIAS)

@@ -44,6 +44,17 @@ def deal(values, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def dealt_columns(WIDTH: tl.constexpr):
+    """The column that `deal` takes for each: int32 [32]."""
+    dealt = tl.arange(0, 32)
+    if WIDTH == 2:
+        thread, pair = dealt // 2 % 4, dealt // 16 * 2 + dealt // 8 % 2
+    else:
+        thread, pair = dealt // 4 % 4, dealt // 2 % 2 * 2 + dealt // 16
+    return thread * 8 + pair * 2 + dealt % 2
+
+
+@triton.jit
 def load_words(low_ptr, high_ptr, block, BLOCK_WORDS: tl.constexpr, BITS: tl.constexpr):
     """A block's words: both halves of the low plane's, and the high plane's.
 

@@ -96,9 +96,25 @@ def add_kept(
 
 
 @triton.jit
+def load_entries(
+    columns_ptr, segments_ptr, segment, last, STEP: tl.constexpr, SEGMENT: tl.constexpr
+):
+    """Load STEP segments: their words, panels and numbers, int32 [STEP · SEGMENT].
+
+    Words of segments from `last` on are 0.
+    """
+    entries = tl.arange(0, STEP * SEGMENT)
+    numbers = segment + entries // SEGMENT
+    is_entry = numbers < last
+    places = segments_ptr + segment * SEGMENT + entries
+    words = tl.load(places, mask=is_entry, other=0)
+    return words, tl.load(columns_ptr + numbers, mask=is_entry, other=0), numbers
+
+
+@triton.jit
 def add_kept_of_blocks(
     total,
-    x_rows,
+    x_ptr,
     starts_ptr,
     columns_ptr,
     segments_ptr,
@@ -112,27 +128,36 @@ def add_kept_of_blocks(
 ):
     """Add a split's share of the kept weights of several blocks of rows times x.
 
-    Sums are [BLOCKS · 16, tokens], tokens begin at `x_rows` [tokens, 1].
+    Sums are [BLOCKS · 16, TOKENS], x is [in, TOKENS].
     """
-    X_TYPE: tl.constexpr = x_rows.dtype.element_ty
-    first = tl.load(starts_ptr + first_block)
-    count = tl.load(starts_ptr + tl.minimum(first_block + BLOCKS, blocks)) - first
+    X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    TOKENS: tl.constexpr = total.shape[1]
+    STEP: tl.constexpr = 2
+    start = tl.load(starts_ptr + first_block)
+    count = tl.load(starts_ptr + tl.minimum(first_block + BLOCKS, blocks)) - start
+    first = start + count * split // splits
+    last = start + count * (split + 1) // splits
     rows = tl.arange(0, 16 * BLOCKS)[:, None]
-    for segment in range(
-        first + count * split // splits, first + count * (split + 1) // splits
-    ):
-        block = 0
+    x_ptr += tl.arange(0, TOKENS)[None, :]
+    words, panels, numbers = load_entries(
+        columns_ptr, segments_ptr, first, last, STEP, SEGMENT
+    )
+    for segment in range(first, last, STEP):
+        # The next segments are asked for before these are multiplied.
+        next_words, next_panels, next_numbers = load_entries(
+            columns_ptr, segments_ptr, segment + STEP, last, STEP, SEGMENT
+        )
+        owners = entry_rows(words)
         for number in tl.static_range(1, BLOCKS):
             start = tl.load(starts_ptr + tl.minimum(first_block + number, blocks))
-            block += (segment >= start).to(tl.int32)
-        words = tl.load(segments_ptr + segment * SEGMENT + tl.arange(0, SEGMENT))
-        columns = entry_columns(words, tl.load(columns_ptr + segment))[None, :]
-        owners, values = block * 16 + entry_rows(words), high_half(words, DTYPE)
+            owners += (numbers >= start).to(tl.int32) * 16
+        values = high_half(words, DTYPE)
         weights = tl.where(rows == owners[None, :], values[None, :], 0)
-        x = tl.load(x_rows + columns).trans()
+        x = tl.load(x_ptr + entry_columns(words, panels)[:, None] * TOKENS)
         if DTYPE == X_TYPE:
             total = tl.dot(weights.to(X_TYPE), x, total)
         else:
             x = x.to(tl.float32)
             total = tl.dot(weights, x, total, input_precision="tf32x3")
+        words, panels, numbers = next_words, next_panels, next_numbers
     return total

@@ -28,7 +28,7 @@ from tacq_vllm.kernels.tiles import (
 from tacq_vllm.kernels.triton_dense import DenseParts, dense_product
 from tacq_vllm.kernels.triton_device import capability, multiprocessors
 from tacq_vllm.kernels.triton_early import can_be_early
-from tacq_vllm.kernels.triton_tile_batch import tile_batch_kernel
+from tacq_vllm.kernels.triton_tile_batch import tile_batch_kernel, turn_kernel
 from tacq_vllm.kernels.triton_tile_codes import offset_words
 from tacq_vllm.kernels.triton_tile_dequantize import (
     add_kept_kernel,
@@ -39,6 +39,8 @@ from tacq_vllm.kernels.triton_tuning import TiledBatch, TiledGemm, Tuning
 
 BATCH_STEP = 32
 """Tokens of a batch whose sums are added up at a time."""
+TURN_COLUMNS = 64
+"""Columns of x that one program turns."""
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -168,9 +170,20 @@ def _batch(
     sums = None
     if splits > 1:
         sums = x.new_empty(splits, tokens, out_features, dtype=torch.float32)
+    columns = tiled.blocks * block_columns(tiled.bits)
+    turned = x.new_empty(token_blocks, columns, shape.tokens)
+    turn_kernel[triton.cdiv(columns, TURN_COLUMNS), token_blocks](
+        x,
+        turned,
+        tokens,
+        tiled.in_features,
+        columns,
+        TOKENS=shape.tokens,
+        COLUMNS=TURN_COLUMNS,
+    )
     turns = triton.cdiv(row_blocks, places // splits)
     tile_batch_kernel[places, turns, token_blocks](
-        x,
+        turned,
         *_codes(tiled),
         *_kept(tiled),
         tiled.counters,
@@ -179,13 +192,11 @@ def _batch(
         out,
         tokens,
         out_features,
-        tiled.in_features,
         tiled.blocks,
         splits,
         offset_words(_DTYPES[x.dtype]),
         GROUP_SIZE=tiled.group_size,
         BITS=tiled.bits,
-        IS_PADDED=_is_padded(tiled),
         HAS_BIAS=bias is not None,
         IS_SPLIT=splits > 1,
         WIDTH=operand_width(capability(x.device), shape.warps),

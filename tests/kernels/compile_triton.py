@@ -31,13 +31,13 @@ from tacq_vllm.kernels.triton_clusters import MAX_GEMV_TOKENS
 from tacq_vllm.kernels.triton_dequantize import dequantize_kernel
 from tacq_vllm.kernels.triton_gemm import gemm_kernel
 from tacq_vllm.kernels.triton_gemv import gemv_kernel
-from tacq_vllm.kernels.triton_tile_batch import tile_batch_kernel
+from tacq_vllm.kernels.triton_tile_batch import tile_batch_kernel, turn_kernel
 from tacq_vllm.kernels.triton_tile_dequantize import (
     add_kept_kernel,
     tile_dequantize_kernel,
 )
 from tacq_vllm.kernels.triton_tile_gemm import tile_gemm_kernel
-from tacq_vllm.kernels.triton_tiles import BATCH_STEP, operand_width
+from tacq_vllm.kernels.triton_tiles import BATCH_STEP, TURN_COLUMNS, operand_width
 from tacq_vllm.kernels.triton_tuning import (
     Tile,
     TiledBatch,
@@ -47,7 +47,13 @@ from tacq_vllm.kernels.triton_tuning import (
 )
 
 WORDS = "*i32"
-SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_BYTES = {
+    80: 163 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+}
 """Shared memory that a program may have, by compute capability."""
 EXCHANGES = {tile_gemm_kernel: 60, tile_batch_kernel: 0}
 """Between threads: around the loop at most, in which codes would take 100 and more."""
@@ -104,6 +110,9 @@ def tile_kernels(
         yield kernel, shape, sizes | own | {"IS_SPLIT": True}
         if bits == 3:
             yield kernel, shape, sizes | own | {"IS_SPLIT": False, "sums_ptr": None}
+    for shape in tuning.tiled_batch:
+        own = {"TOKENS": shape.tokens, "COLUMNS": TURN_COLUMNS}
+        yield turn_kernel, shape, own
     yield tile_dequantize_kernel, tuning.tiled_dequantize, sizes
     yield add_kept_kernel, tuning.tiled_dequantize, sizes
 
