@@ -3,7 +3,7 @@
 They are fixed: nothing is tried out while a server starts or captures CUDA graphs. For
 tiled weights they are the best of some that were tried on an H100, for others what
 arithmetic and the compiled code suggest for data-center GPUs of compute capability 8.0
-and later.
+and later. None takes more than the 99 KB of shared memory that other GPUs have.
 """
 
 import functools
@@ -98,8 +98,8 @@ TUNING = Tuning(
     gemm=(
         GemmTile(rows=64, columns=128, warps=4, stages=3, tokens=16),
         GemmTile(rows=64, columns=128, warps=4, stages=3, tokens=32),
-        GemmTile(rows=64, columns=128, warps=4, stages=3, tokens=64),
-        GemmTile(rows=128, columns=128, warps=8, stages=3, tokens=128),
+        GemmTile(rows=64, columns=128, warps=4, stages=2, tokens=64),
+        GemmTile(rows=128, columns=64, warps=8, stages=2, tokens=128),
     ),
     dequantize=Tile(rows=4, columns=1024, warps=4, stages=2),
     clusters_gemv=Tile(rows=16, columns=1536, warps=4, stages=2),
