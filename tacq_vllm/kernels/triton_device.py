@@ -14,6 +14,6 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def capability(device: torch.device) -> int:
+def major_capability(device: torch.device) -> int:
     """The major compute capability of a GPU; 0 in the interpreter."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0

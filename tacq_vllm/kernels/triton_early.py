@@ -9,12 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from tacq_vllm.kernels.triton_device import capability
+from tacq_vllm.kernels.triton_device import major_capability
 
 
 def can_be_early(device: torch.device) -> bool:
     """Whether a kernel can begin so: compute capability 9.0 or later."""
-    return capability(device) >= 9
+    return major_capability(device) >= 9
 
 
 @triton.jit

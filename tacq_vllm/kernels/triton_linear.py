@@ -26,7 +26,7 @@ from tacq_vllm.kernels.triton_clusters import (
     clusters_token_counts,
 )
 from tacq_vllm.kernels.triton_dense import DenseParts, dense_backward
-from tacq_vllm.kernels.triton_device import capability
+from tacq_vllm.kernels.triton_device import major_capability
 from tacq_vllm.kernels.triton_planes import (
     planes_dense,
     planes_product,
@@ -65,7 +65,7 @@ def arrange(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> Lin
 def multiply(x: Tensor, linear: Linear, bias: Tensor | None) -> Tensor:
     """Multiply x [..., in] with the weight: [..., out], in the type of x."""
     tokens = x.reshape(-1, linear.in_features).contiguous()
-    tuning = tuning_for(capability(x.device))
+    tuning = tuning_for(major_capability(x.device))
     with torch.cuda.device_of(x):
         out = _WAYS[type(linear)].product(tokens, linear, bias, tuning)
     return out.view(*x.shape[:-1], linear.out_features)
@@ -73,7 +73,7 @@ def multiply(x: Tensor, linear: Linear, bias: Tensor | None) -> Tensor:
 
 def backward(grad: Tensor, linear: Linear) -> Tensor:
     """The gradient of x for that of the product, [..., out]: [..., in]."""
-    tuning = tuning_for(capability(grad.device))
+    tuning = tuning_for(major_capability(grad.device))
     weight = _WAYS[type(linear)].dense(linear, grad.dtype, tuning)
     with torch.cuda.device_of(grad):
         out = dense_backward(grad.reshape(-1, linear.out_features), weight)
@@ -82,7 +82,7 @@ def backward(grad: Tensor, linear: Linear) -> Tensor:
 
 def warm_up(linear: Linear, x_dtype: torch.dtype, bias: Tensor | None) -> None:
     """Compile the kernels for weights like these, so that no request waits for it."""
-    tuning = tuning_for(capability(linear.qweight.device))
+    tuning = tuning_for(major_capability(linear.qweight.device))
     for tokens in _WAYS[type(linear)].token_counts(tuning):
         x = linear.qweight.new_zeros(tokens, linear.in_features, dtype=x_dtype)
         multiply(x, linear, bias)

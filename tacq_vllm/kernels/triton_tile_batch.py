@@ -1,8 +1,9 @@
-"""A batch of tokens times a tiled weight on tensor cores, in one launch.
+"""A batch of tokens times a tiled weight on tensor cores.
 
-A program is several warps, each with a block of rows of its own. Threads turn the words
-that they have loaded into operands, as in `triton_tile_gemm`: nothing is exchanged
-between them but x, which all warps share. Where columns are split, programs leave their
+A program is several warps, each with a block of rows of its own. Threads make operands
+of the words that they have loaded, as in `triton_tile_gemm`: nothing is exchanged
+between them but x, which all warps share. It is transposed first, so that what kept
+weights are multiplied with lies together. Where columns are split, programs leave their
 sums in a workspace, and the last one of the same rows adds them up in their order.
 """
 
@@ -40,7 +41,7 @@ def dealt_rows(WARPS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def turn_kernel(
+def transpose_kernel(
     x_ptr,
     out_ptr,
     tokens,
@@ -49,7 +50,7 @@ def turn_kernel(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Turn x [tokens, in]: out [tokens / TOKENS, columns, TOKENS].
+    """Transpose x [tokens, in]: out [tokens / TOKENS, columns, TOKENS].
 
     The grid is (columns / COLUMNS, tokens / TOKENS). What x does not have is 0.
     """

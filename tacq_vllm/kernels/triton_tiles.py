@@ -3,7 +3,7 @@
 | tokens | way |
 | --- | --- |
 | few | `triton_tile_gemm`: tensor cores, programs of one warp |
-| a batch | `triton_tile_batch`: tensor cores, warps that share x |
+| a batch | `triton_tile_batch`: tensor cores, programs whose warps share x |
 | more | `triton_tile_dequantize` into a workspace, then PyTorch's product |
 """
 
@@ -26,9 +26,9 @@ from tacq_vllm.kernels.tiles import (
     block_columns,
 )
 from tacq_vllm.kernels.triton_dense import DenseParts, dense_product
-from tacq_vllm.kernels.triton_device import capability, multiprocessors
+from tacq_vllm.kernels.triton_device import major_capability, multiprocessors
 from tacq_vllm.kernels.triton_early import can_be_early
-from tacq_vllm.kernels.triton_tile_batch import tile_batch_kernel, turn_kernel
+from tacq_vllm.kernels.triton_tile_batch import tile_batch_kernel, transpose_kernel
 from tacq_vllm.kernels.triton_tile_codes import offset_words
 from tacq_vllm.kernels.triton_tile_dequantize import (
     add_kept_kernel,
@@ -39,9 +39,10 @@ from tacq_vllm.kernels.triton_tuning import TiledBatch, TiledGemm, Tuning
 
 BATCH_STEP = 32
 """Tokens of a batch whose sums are added up at a time."""
-TURN_COLUMNS = 64
-"""Columns of x that one program turns."""
+TRANSPOSE_COLUMNS = 64
+"""Columns of x that one program transposes."""
 
+_Shape = TypeVar("_Shape", TiledGemm, TiledBatch)
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -91,9 +92,6 @@ def _batch_tokens(tuning: Tuning) -> int:
     return TOKEN_BLOCKS * tuning.tiled_batch[-1].tokens if tuning.tiled_batch else 0
 
 
-_Shape = TypeVar("_Shape", TiledGemm, TiledBatch)
-
-
 def _smallest(shapes: tuple[_Shape, ...], tokens: int) -> _Shape:
     """The first that takes all tokens at once, or else the last."""
     return next((shape for shape in shapes if tokens <= shape.tokens), shapes[-1])
@@ -139,7 +137,7 @@ def _gemm(
         IS_PADDED=_is_padded(tiled),
         HAS_BIAS=bias is not None,
         IS_SPLIT=sums is not None,
-        WIDTH=operand_width(capability(x.device), 1),
+        WIDTH=operand_width(major_capability(x.device), 1),
         BLOCK_WORDS=BLOCK_WORDS,
         ROWS=ROWS,
         TOKENS=shape.tokens,
@@ -171,19 +169,19 @@ def _batch(
     if splits > 1:
         sums = x.new_empty(splits, tokens, out_features, dtype=torch.float32)
     columns = tiled.blocks * block_columns(tiled.bits)
-    turned = x.new_empty(token_blocks, columns, shape.tokens)
-    turn_kernel[triton.cdiv(columns, TURN_COLUMNS), token_blocks](
+    transposed = x.new_empty(token_blocks, columns, shape.tokens)
+    transpose_kernel[triton.cdiv(columns, TRANSPOSE_COLUMNS), token_blocks](
         x,
-        turned,
+        transposed,
         tokens,
         tiled.in_features,
         columns,
         TOKENS=shape.tokens,
-        COLUMNS=TURN_COLUMNS,
+        COLUMNS=TRANSPOSE_COLUMNS,
     )
     turns = triton.cdiv(row_blocks, places // splits)
     tile_batch_kernel[places, turns, token_blocks](
-        turned,
+        transposed,
         *_codes(tiled),
         *_kept(tiled),
         tiled.counters,
@@ -199,7 +197,7 @@ def _batch(
         BITS=tiled.bits,
         HAS_BIAS=bias is not None,
         IS_SPLIT=splits > 1,
-        WIDTH=operand_width(capability(x.device), shape.warps),
+        WIDTH=operand_width(major_capability(x.device), shape.warps),
         BLOCK_WORDS=BLOCK_WORDS,
         BLOCK_ROWS=ROWS,
         WARPS=shape.warps,

@@ -119,8 +119,8 @@ TUNING = Tuning(
 
 
 @functools.cache
-def tuning_for(capability: int) -> Tuning:
+def tuning_for(major: int) -> Tuning:
     """The tiles for GPUs of a major compute capability."""
     # Tensor cores of 10 and 11 have a memory of their own; for them Triton 3.6 compiles
     # the largest batch to nothing.
-    return replace(TUNING, tiled_batch=()) if capability in (10, 11) else TUNING
+    return replace(TUNING, tiled_batch=()) if major in (10, 11) else TUNING

@@ -32,13 +32,13 @@ from tacq_vllm.kernels.triton_clusters import MAX_GEMV_TOKENS
 from tacq_vllm.kernels.triton_dequantize import dequantize_kernel
 from tacq_vllm.kernels.triton_gemm import gemm_kernel
 from tacq_vllm.kernels.triton_gemv import gemv_kernel
-from tacq_vllm.kernels.triton_tile_batch import tile_batch_kernel, turn_kernel
+from tacq_vllm.kernels.triton_tile_batch import tile_batch_kernel, transpose_kernel
 from tacq_vllm.kernels.triton_tile_dequantize import (
     add_kept_kernel,
     tile_dequantize_kernel,
 )
 from tacq_vllm.kernels.triton_tile_gemm import tile_gemm_kernel
-from tacq_vllm.kernels.triton_tiles import BATCH_STEP, TURN_COLUMNS, operand_width
+from tacq_vllm.kernels.triton_tiles import BATCH_STEP, TRANSPOSE_COLUMNS, operand_width
 from tacq_vllm.kernels.triton_tuning import (
     Tile,
     TiledBatch,
@@ -112,8 +112,8 @@ def tile_kernels(
         if bits == 3:
             yield kernel, shape, sizes | own | {"IS_SPLIT": False, "sums_ptr": None}
     for shape in tuning.tiled_batch:
-        own = {"TOKENS": shape.tokens, "COLUMNS": TURN_COLUMNS}
-        yield turn_kernel, shape, own
+        own = {"TOKENS": shape.tokens, "COLUMNS": TRANSPOSE_COLUMNS}
+        yield transpose_kernel, shape, own
     yield tile_dequantize_kernel, tuning.tiled_dequantize, sizes
     yield add_kept_kernel, tuning.tiled_dequantize, sizes
 

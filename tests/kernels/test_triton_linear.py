@@ -121,7 +121,7 @@ def test_cuts(bits: int) -> None:
 @pytest.mark.parametrize("splits", [2, 5, 100])
 def test_splits_add_up(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
     tuning = replace(TUNING, programs=splits)
-    monkeypatch.setattr(kernel, "tuning_for", lambda capability: tuning)
+    monkeypatch.setattr(kernel, "tuning_for", lambda major: tuning)
     packed, dense = random_linear(3, 40, 672, 32, 0.05, torch.bfloat16, 5)
     x, bias = random_input(9, 672), random_input(40)
 

@@ -121,7 +121,7 @@ def test_splits_add_up(
         tiled_gemm=tuple(replace(t, warps=programs) for t in TUNING.tiled_gemm),
         tiled_batch=tuple(replace(t, programs=programs) for t in TUNING.tiled_batch),
     )
-    monkeypatch.setattr(kernel, "tuning_for", lambda capability: tuning)
+    monkeypatch.setattr(kernel, "tuning_for", lambda major: tuning)
     packed, dense = random_linear(3, rows, 1536, 64, 0.02, torch.bfloat16, 3)
     x = random_input(tokens, 1536, dtype=torch.bfloat16)
     bias = random_input(rows, dtype=torch.bfloat16)

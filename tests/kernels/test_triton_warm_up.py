@@ -17,7 +17,7 @@ KERNELS = {
     triton_planes: ("gemv_kernel", "gemm_kernel", "dequantize_kernel"),
     triton_tiles: (
         "tile_gemm_kernel",
-        "turn_kernel",
+        "transpose_kernel",
         "tile_batch_kernel",
         "tile_dequantize_kernel",
         "add_kept_kernel",
