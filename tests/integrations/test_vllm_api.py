@@ -102,12 +102,12 @@ def test_three_readings_of_one_checkpoint_agree(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    packed = [
-        text for prompt in PROMPTS for text in greedy_texts(model, tokenizer, [prompt])
-    ]
+    packed = greedy_texts(model, tokenizer, PROMPTS)
+    alone = [greedy_texts(model, tokenizer, [prompt])[0] for prompt in PROMPTS[:5]]
     dequantized = greedy_texts(model.dequantize(), tokenizer, PROMPTS)
     vllm = [choice.text for choice in complete(served, model_name, PROMPTS).choices]
     assert packed == dequantized
+    assert alone == dequantized[:5]
     assert vllm == dequantized
     # The model must say something: one token over and over would agree too.
     assert len(set(vllm)) == len(PROMPTS)
@@ -224,7 +224,7 @@ def test_200_chats_in_the_benchmark_of_vllm(
     command = [VLLM, "bench", "serve", "--base-url", str(served.base_url)[:-4]]
     command += ["--model", model_name, "--tokenizer", model_name, "--save-result"]
     command += ["--dataset-name", "custom", "--dataset-path", dataset]
-    command += ["--num-prompts", "200", "--custom-output-len", "8"]
+    command += ["--num-prompts", "200", "--custom-output-len", "4"]
     command += ["--max-concurrency", "16", "--result-filename", tmp_path / "result"]
 
     result = subprocess.run(
@@ -239,10 +239,10 @@ def test_200_chats_in_the_benchmark_of_vllm(
 
 
 def test_under_load_for_a_while(served: OpenAI) -> None:
-    result = asyncio.run(soak(str(served.base_url), requests=100, at_once=16))
+    result = asyncio.run(soak(str(served.base_url), requests=60, at_once=16))
 
     assert result["errors"] == []
     assert result["same_answers"]
-    assert result["answered"] > 60
+    assert result["answered"] > 36
     assert result["vanished"] > 0
     assert result["refused"] > 0
