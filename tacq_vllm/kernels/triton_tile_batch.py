@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from tacq_vllm.kernels.triton_tile_blocks import (
+    code_places,
     dealt_columns,
     half_slice,
     load_grid,
@@ -105,7 +106,6 @@ def tile_batch_kernel(
     STEP of `add_up`.
     """
     FIELDS: tl.constexpr = 4 if BITS == 4 else 8
-    HALF: tl.constexpr = BLOCK_WORDS // 2
     SLICE: tl.constexpr = 2 * BLOCK_WORDS
     COLUMNS: tl.constexpr = FIELDS * SLICE
     ROWS: tl.constexpr = WARPS * BLOCK_ROWS
@@ -115,12 +115,9 @@ def tile_batch_kernel(
         return
     # What is past the last row or token is computed of the last one, and not stored.
     loaded = tl.minimum(row_block * ROWS + dealt_rows(WARPS), out_features - 1)
-    code_rows = loaded[:, None] * blocks
-    half_words = tl.arange(0, HALF)[None, :]
-    low_ptr = qweight_ptr + code_rows * BLOCK_WORDS + half_words
-    high_ptr = low_ptr
-    if BITS == 3:
-        high_ptr = qweight_high_ptr + code_rows * HALF + half_words
+    low_ptr, high_ptr = code_places(
+        qweight_ptr, qweight_high_ptr, loaded[:, None], blocks, BLOCK_WORDS, BITS
+    )
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
     grid_rows = grid_ptr + loaded // BLOCK_ROWS * (groups * BLOCK_ROWS)
     grid_rows += loaded % BLOCK_ROWS

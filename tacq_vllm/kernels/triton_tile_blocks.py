@@ -55,6 +55,26 @@ def dealt_columns(WIDTH: tl.constexpr):
 
 
 @triton.jit
+def code_places(
+    qweight_ptr,
+    qweight_high_ptr,
+    rows,
+    blocks,
+    BLOCK_WORDS: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Where the first block of rows [n, 1] has its words, for `load_words`."""
+    HALF: tl.constexpr = BLOCK_WORDS // 2
+    code_rows = rows * blocks
+    half_words = tl.arange(0, HALF)[None, :]
+    low_ptr = qweight_ptr + code_rows * BLOCK_WORDS + half_words
+    high_ptr = low_ptr
+    if BITS == 3:
+        high_ptr = qweight_high_ptr + code_rows * HALF + half_words
+    return low_ptr, high_ptr
+
+
+@triton.jit
 def load_words(low_ptr, high_ptr, block, BLOCK_WORDS: tl.constexpr, BITS: tl.constexpr):
     """A block's words: both halves of the low plane's, and the high plane's.
 

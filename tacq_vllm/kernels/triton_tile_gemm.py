@@ -12,6 +12,7 @@ import triton.language as tl
 
 from tacq_vllm.kernels.triton_early import let_next_begin, wait_for_last
 from tacq_vllm.kernels.triton_tile_blocks import (
+    code_places,
     deal,
     half_slice,
     load_grid,
@@ -77,7 +78,6 @@ def tile_gemm_kernel(
     may not have ended: until it has, only the weight is read, which it did not write.
     """
     FIELDS: tl.constexpr = 4 if BITS == 4 else 8
-    HALF: tl.constexpr = BLOCK_WORDS // 2
     SLICE: tl.constexpr = 2 * BLOCK_WORDS
     COLUMNS: tl.constexpr = FIELDS * SLICE
     PARTS: tl.constexpr = TOKENS // 8
@@ -143,12 +143,10 @@ def tile_gemm_kernel(
         return
     rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
     # What is past the last row or token is computed of the last one, and not stored.
-    code_rows = tl.minimum(rows, out_features - 1) * blocks
-    half_words = tl.arange(0, HALF)[None, :]
-    low_ptr = qweight_ptr + code_rows * BLOCK_WORDS + half_words
-    high_ptr = low_ptr
-    if BITS == 3:
-        high_ptr = qweight_high_ptr + code_rows * HALF + half_words
+    code_rows = tl.minimum(rows, out_features - 1)
+    low_ptr, high_ptr = code_places(
+        qweight_ptr, qweight_high_ptr, code_rows, blocks, BLOCK_WORDS, BITS
+    )
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
     grid_rows = grid_ptr + row_block * groups * ROWS + tl.arange(0, ROWS)
     half_columns = tl.arange(0, SLICE // 2)[None, :]
