@@ -22,6 +22,10 @@ _TOGETHER = 32
 _STEP_TOKENS = 2048
 """Tokens a step, at most: the logits of all of them are in memory together."""
 
+_CPU_CACHE_BYTES = 4 * 2**30
+"""For keys and values, unless `VLLM_CPU_KVCACHE_SPACE` says how much: by itself vLLM
+wants nearly all of the machine's memory, and refuses to start where others use some."""
+
 
 class VllmRunner:
     """A loaded model; see `open_vllm`."""
@@ -106,7 +110,8 @@ def open_vllm(model: str, dtype: str, max_length: int) -> VllmRunner:
         if source.gguf:
             raise EvaluateError(f"{model}: vLLM reads no GGUF: use --backend hf")
         arithmetic = [dtype, current_platform.device_type]
-        if current_platform.is_cpu():
+        on_cpu = current_platform.is_cpu()
+        if on_cpu:
             arithmetic.append(activations())
         identity = f"{model_identity(source)} vllm {' '.join(arithmetic)}"
         config = AutoConfig.from_pretrained(**source.arguments)
@@ -121,6 +126,7 @@ def open_vllm(model: str, dtype: str, max_length: int) -> VllmRunner:
             max_num_batched_tokens=_STEP_TOKENS,
             enable_chunked_prefill=True,
             # Compiled, even an unquantized model gave wrong text on the CPU.
-            enforce_eager=current_platform.is_cpu(),
+            enforce_eager=on_cpu,
+            kv_cache_memory_bytes=_CPU_CACHE_BYTES if on_cpu else None,
         )
     return VllmRunner(engine, model_name(model), identity, dtype, length - 1)

@@ -185,6 +185,7 @@ def test_a_model_is_opened_with_room_for_a_token_more(
         "max_num_batched_tokens": 2048,
         "enable_chunked_prefill": True,
         "enforce_eager": current_platform.is_cpu(),
+        "kv_cache_memory_bytes": 4 << 30 if current_platform.is_cpu() else None,
     }
 
 
