@@ -144,13 +144,13 @@ def test_compiles_without_graph_breaks(packed: PackedLinear) -> None:
 def test_the_op_of_tiles(packed: PackedLinear) -> None:
     tiled = tile(packed)
     x, bias = random_input(3, 512, dtype=HALF), random_input(40, dtype=HALF)
-    tensors = (tiled.qweight, tiled.qweight_high, tiled.grid)
     kept = (tiled.segment_starts, tiled.segment_columns, tiled.segments)
     jobs = (tiled.job_starts, tiled.job_blocks, tiled.counters)
 
     for tracked in (False, True):
         inputs = (x.requires_grad_(tracked), bias.requires_grad_(tracked))
-        arguments = (inputs[0], *tensors, *kept, *jobs, inputs[1], tiled.bits, HALF)
+        weight = (tiled.qweight, tiled.grid, *kept, *jobs)
+        arguments = (inputs[0], *weight, inputs[1], tiled.bits, HALF)
         torch.library.opcheck(torch.ops.tacq.tiled_linear, arguments)
 
 

@@ -144,9 +144,8 @@ _register(
 
 _register(
     "tiled_linear",
-    "Tensor qweight, Tensor? qweight_high, Tensor grid, Tensor segment_starts, "
-    "Tensor segment_columns, Tensor segments, Tensor job_starts, Tensor job_blocks, "
-    "Tensor counters",
+    "Tensor qweight, Tensor grid, Tensor segment_starts, Tensor segment_columns, "
+    "Tensor segments, Tensor job_starts, Tensor job_blocks, Tensor counters",
     ", int bits, ScalarType dtype",
     TiledLinear,
 )
@@ -173,12 +172,10 @@ def quantized_linear(
         return out
     # A tuple: the compiler of PyTorch 2.9 knows no unions.
     assert isinstance(layout, (PlanesLayout, TiledLayout))
-    has_high = layout.bits == 3
     if isinstance(layout, TiledLayout):
         out = torch.ops.tacq.tiled_linear(
             x,
             holder.qweight,
-            holder.qweight_high if has_high else None,
             holder.grid,
             holder.segment_starts,
             holder.segment_columns,
@@ -191,6 +188,7 @@ def quantized_linear(
             layout.dtype,
         )
         return out
+    has_high = layout.bits == 3
     out = torch.ops.tacq.linear(
         x,
         holder.qweight,

@@ -1,17 +1,21 @@
 """A packed weight in the order in which tensor cores want it, in about as many bytes.
 
-Codes of a block of columns are dealt out anew. What a word's halves hold at one place
-are neighbours in the weight, and the same place of all words of a block is one slice of
-consecutive columns; the low plane has 32 words in a block, the high one of 3 bits 16:
+Codes of a block of columns are dealt out anew. A row's words of a block are parts of 16
+words; what the halves of words hold at one place are neighbours in the weight, and the
+same place of all words of a part is one strip of 32 consecutive columns:
 
-    column  first + j · 2 · words + 2 · w + h   is field  j  of half  h  of word  w
+    column  32 · strip + 2 · w + h   is one field of half  h  of word  w  of one part
 
 So one mask turns a word into two weights side by side, and the words that a thread
-loads at once are what tensor cores take from it. The last block is filled up with
-zeros. A scale and its zero-point are one word, those of 16 rows are neighbours. The
-kept weights of 16 rows lie together by their columns, in segments of 32; of rows with
-very many, what is over is the work of other programs. Clusters become codes of 3 bits,
-which all of theirs are.
+loads at once are what tensor cores take from it. A half has 8 fields of 2 bits, or 4 of
+4, in two parts. In three parts it has 5 of 3 bits, and a bit is over: the three of the
+same half are one more field, whose lowest bit is the first part's. `part_of_strip` and
+`field_of_strip` say where a strip is. The last block is filled up with zeros.
+
+A scale and its zero-point are one word, those of 16 rows are neighbours. The kept
+weights of 16 rows lie together by their columns, in segments of 32; of rows with very
+many, what is over is the work of other programs. Clusters become codes of 3 bits, which
+all of theirs are.
 """
 
 from collections.abc import Mapping
@@ -20,10 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tacq_vllm.format.packing import PLANE_WIDTHS, WORD_BITS
-
-BLOCK_WORDS = 32
-"""Words of a row's low plane that are one block."""
+PART_WORDS = 16
+"""Words of a row that are a part of a block."""
+STRIP = 2 * PART_WORDS
+"""Columns of a strip."""
 ROWS = 16
 """Rows whose scales are neighbours, and whose kept weights lie together."""
 TOKEN_BLOCKS = 2
@@ -48,11 +52,8 @@ class TiledLayout:
 
     def linear(self, tensors: Mapping[str, Tensor], in_features: int) -> "TiledLinear":
         """Invert `TiledLinear.tensors`."""
-        others = dict(tensors)
-        high = others.pop("qweight_high", None)
         return TiledLinear(
-            **others,
-            qweight_high=high,
+            **tensors,
             bits=self.bits,
             dtype=self.dtype,
             in_features=in_features,
@@ -61,11 +62,10 @@ class TiledLayout:
 
 @dataclass(frozen=True)
 class TiledLinear:
-    """A linear `[out, in]` in the order above; of 2 and 4 bits without a high plane."""
+    """A linear `[out, in]` in the order above."""
 
     qweight: Tensor
-    """int32 [out, words]: the low plane of the codes."""
-    qweight_high: Tensor | None
+    """int32 [out, words]: the codes."""
     grid: Tensor
     """int32 [out / ROWS, groups, ROWS]: a scale's 16 bits above its zero-point's; 0 for
     rows and groups that the weight does not have."""
@@ -102,15 +102,9 @@ class TiledLinear:
         return self.qweight.shape[0]
 
     @property
-    def planes(self) -> tuple[Tensor, ...]:
-        """The planes of the codes, lowest bits first: int32 [out, words] each."""
-        high = self.qweight_high
-        return (self.qweight,) if high is None else (self.qweight, high)
-
-    @property
     def blocks(self) -> int:
         """Blocks of columns."""
-        return self.qweight.shape[1] // BLOCK_WORDS
+        return self.qweight.shape[1] // block_words(self.bits)
 
     @property
     def group_size(self) -> int:
@@ -120,9 +114,8 @@ class TiledLinear:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by their names."""
-        named = {
+        return {
             "qweight": self.qweight,
-            "qweight_high": self.qweight_high,
             "grid": self.grid,
             "segment_starts": self.segment_starts,
             "segment_columns": self.segment_columns,
@@ -131,9 +124,31 @@ class TiledLinear:
             "job_blocks": self.job_blocks,
             "counters": self.counters,
         }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def block_words(bits: int) -> int:
+    """Words of a row that are one block: three parts of 3 bits, else two."""
+    return 48 if bits == 3 else 32
 
 
 def block_columns(bits: int) -> int:
-    """Columns of a block."""
-    return WORD_BITS // PLANE_WIDTHS[bits][0] * BLOCK_WORDS
+    """Columns of a block, which its words have bits for."""
+    return 256 if bits == 4 else 512
+
+
+def part_of_strip(strip: int, bits: int) -> int:
+    """The part of a block that has a strip; of field 5 of 3 bits, all have a bit."""
+    if bits == 3:
+        return (0, 1, 0, 1, 2, 0, 2, 0, 1, 2, 1, 2, 0, 1, 2, 0)[strip]
+    return strip % 2
+
+
+def field_of_strip(strip: int, bits: int) -> int:
+    """The field of halves of words that a strip is in.
+
+    Two strips that begin at a multiple of 64 columns, and may be one group, are in
+    fields that kernels treat alike: of 3 bits both are even, or field 5, or both odd.
+    """
+    if bits == 3:
+        return (0, 0, 1, 1, 0, 2, 1, 3, 2, 2, 3, 3, 4, 4, 4, 5)[strip]
+    return strip // 2

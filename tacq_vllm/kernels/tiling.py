@@ -8,26 +8,24 @@ from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.clusters import WIDE
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.outliers import Outliers, encode_outliers, outliers_of_rows
-from tacq_vllm.format.packing import (
-    PLANE_WIDTHS,
-    WORD_BITS,
-    pack_codes,
-    pack_plane,
-    unpack_codes,
-    unpack_plane,
-)
+from tacq_vllm.format.packing import pack_codes, unpack_codes
 from tacq_vllm.kernels.tiles import (
     JOB_SEGMENTS,
     OWN_SEGMENTS,
     PANEL,
+    PART_WORDS,
     ROWS,
     SEGMENT,
+    STRIP,
     TOKEN_BLOCKS,
     TiledLinear,
     block_columns,
+    block_words,
+    field_of_strip,
+    part_of_strip,
 )
 
-_SMALLEST_GROUP = 32
+_SMALLEST_GROUP = STRIP
 _LARGEST_PADDING = 1.25
 """Columns with what fills the last block, by those of the weight."""
 _ROWS_AT_A_TIME = 1024
@@ -48,13 +46,11 @@ def tile(linear: PackedLinear | ClusteredLinear) -> TiledLinear:
         _tile_rows(linear, start, min(start + _ROWS_AT_A_TIME, linear.out_features))
         for start in range(0, linear.out_features, _ROWS_AT_A_TIME)
     ]
-    planes = [torch.cat(plane) for plane in zip(*parts, strict=True)]
     row_blocks = -(-linear.out_features // ROWS)
     starts, columns, segments = _fill_segments(linear, row_blocks)
     job_starts, job_blocks = _share_out(starts)
     return TiledLinear(
-        qweight=planes[0],
-        qweight_high=planes[1] if len(planes) > 1 else None,
+        qweight=torch.cat(parts),
         grid=_tile_grid(linear, row_blocks),
         segment_starts=starts,
         segment_columns=columns,
@@ -102,43 +98,51 @@ def _padded_columns(linear: PackedLinear | ClusteredLinear) -> int:
     return -(-linear.in_features // size) * size
 
 
-def _tile_rows(
-    linear: PackedLinear | ClusteredLinear, start: int, stop: int
-) -> list[Tensor]:
-    """The planes of some rows in their new order."""
+def _tile_rows(linear: PackedLinear | ClusteredLinear, start: int, stop: int) -> Tensor:
+    """The words of some rows in their new order."""
     bits, columns = _code_bits(linear), _padded_columns(linear)
     if isinstance(linear, ClusteredLinear):
         codes = (linear.steps(start, stop) - WIDE[0]).to(torch.uint8)
     else:
         planes = tuple(plane[start:stop] for plane in linear.weight_planes)
         codes = unpack_codes(planes, bits, linear.in_features)
-    codes = pad(codes, (0, columns - linear.in_features))
-    tiled, shift = [], 0
-    for width in PLANE_WIDTHS[bits]:
-        fields = WORD_BITS // width // 2
-        words = block_columns(bits) // (2 * fields)
-        plane = codes >> shift & (1 << width) - 1
-        blocks = plane.view(stop - start, -1, fields, words, 2)
-        dealt = blocks.permute(0, 1, 3, 4, 2).reshape(stop - start, columns)
-        tiled.append(pack_plane(dealt, width))
-        shift += width
-    return tiled
+    codes = pad(codes, (0, columns - linear.in_features)).to(torch.int32)
+    blocks = codes.view(stop - start, -1, block_columns(bits) // STRIP, PART_WORDS, 2)
+    halves = blocks.new_zeros(
+        *blocks.shape[:2], block_words(bits) // PART_WORDS, PART_WORDS, 2
+    )
+    for strip, values in enumerate(blocks.unbind(2)):
+        for part, mask, shift, place in _bits_of_strip(strip, bits):
+            halves[:, :, part] |= (values >> shift & mask) << place
+    return (halves[..., 0] | halves[..., 1] << 16).flatten(1)
 
 
 def _untile_rows(tiled: TiledLinear, start: int, stop: int) -> tuple[Tensor, ...]:
     """The planes of some rows as they are stored."""
-    columns = tiled.blocks * block_columns(tiled.bits)
-    codes = tiled.qweight.new_zeros(stop - start, tiled.in_features, dtype=torch.uint8)
-    shift = 0
-    for plane, width in zip(tiled.planes, PLANE_WIDTHS[tiled.bits], strict=True):
-        fields = WORD_BITS // width // 2
-        words = block_columns(tiled.bits) // (2 * fields)
-        dealt = unpack_plane(plane[start:stop], width, columns)
-        blocks = dealt.view(stop - start, -1, words, 2, fields)
-        values = blocks.permute(0, 1, 4, 2, 3).reshape(stop - start, columns)
-        codes |= values[:, : tiled.in_features] << shift
-        shift += width
-    return pack_codes(codes, tiled.bits)
+    bits = tiled.bits
+    words = tiled.qweight[start:stop].view(stop - start, tiled.blocks, -1, PART_WORDS)
+    halves = torch.stack((words, words >> 16), dim=-1)
+    strips = []
+    for strip in range(block_columns(bits) // STRIP):
+        values = torch.zeros_like(halves[:, :, 0])
+        for part, mask, shift, place in _bits_of_strip(strip, bits):
+            values |= (halves[:, :, part] >> place & mask) << shift
+        strips.append(values.flatten(2))
+    codes = torch.cat(strips, dim=2).flatten(1)[:, : tiled.in_features]
+    return pack_codes(codes, bits)
+
+
+def _bits_of_strip(strip: int, bits: int) -> list[tuple[int, int, int, int]]:
+    """Where a strip's codes are.
+
+    Returns:
+        (part, mask, shift, place): `code >> shift & mask` is at `place` in the halves
+        of words of the part.
+    """
+    place = field_of_strip(strip, bits) * bits
+    if place + bits <= 16:
+        return [(part_of_strip(strip, bits), (1 << bits) - 1, 0, place)]
+    return [(part, 1, part, place) for part in range(3)]
 
 
 def _tile_grid(linear: PackedLinear | ClusteredLinear, row_blocks: int) -> Tensor:

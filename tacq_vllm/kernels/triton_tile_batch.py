@@ -13,11 +13,12 @@ import triton.language as tl
 from tacq_vllm.kernels.triton_tile_blocks import (
     code_places,
     dealt_columns,
-    half_slice,
     load_grid,
     load_words,
     row_share,
+    strip_weights,
 )
+from tacq_vllm.kernels.triton_tile_codes import STRIP, block_columns
 from tacq_vllm.kernels.triton_tile_kept import add_kept_of_blocks
 from tacq_vllm.kernels.triton_tile_sums import add_up, store, store_sums
 
@@ -69,7 +70,6 @@ def transpose_kernel(
 def tile_batch_kernel(
     x_ptr,
     qweight_ptr,
-    qweight_high_ptr,
     grid_ptr,
     starts_ptr,
     columns_ptr,
@@ -88,7 +88,6 @@ def tile_batch_kernel(
     HAS_BIAS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     WARPS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -105,9 +104,8 @@ def tile_batch_kernel(
     `offset_words`, GROUP_SIZE is 0 for groups that are whole rows; WIDTH is of `deal`,
     STEP of `add_up`.
     """
-    FIELDS: tl.constexpr = 4 if BITS == 4 else 8
-    SLICE: tl.constexpr = 2 * BLOCK_WORDS
-    COLUMNS: tl.constexpr = FIELDS * SLICE
+    COLUMNS: tl.constexpr = block_columns(BITS)
+    STRIPS: tl.constexpr = COLUMNS // STRIP
     ROWS: tl.constexpr = WARPS * BLOCK_ROWS
     X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
     row_block, split = row_share(tl.program_id(1), splits)
@@ -115,9 +113,7 @@ def tile_batch_kernel(
         return
     # What is past the last row or token is computed of the last one, and not stored.
     loaded = tl.minimum(row_block * ROWS + dealt_rows(WARPS), out_features - 1)
-    low_ptr, high_ptr = code_places(
-        qweight_ptr, qweight_high_ptr, loaded[:, None], blocks, BLOCK_WORDS, BITS
-    )
+    code_ptr = code_places(qweight_ptr, loaded[:, None], blocks, BITS)
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
     grid_rows = grid_ptr + loaded // BLOCK_ROWS * (groups * BLOCK_ROWS)
     grid_rows += loaded % BLOCK_ROWS
@@ -127,9 +123,7 @@ def tile_batch_kernel(
 
     first_block = split * blocks // splits
     last_block = (split + 1) * blocks // splits
-    low, low_second, high = load_words(
-        low_ptr, high_ptr, first_block, BLOCK_WORDS, BITS
-    )
+    words = load_words(code_ptr, first_block, BITS)
     grid = load_grid(grid_rows, first_block, COLUMNS, GROUP_SIZE, BLOCK_ROWS)
     x = tl.load(x_rows + first_block * (COLUMNS * TOKENS))
     total = add_kept_of_blocks(
@@ -149,27 +143,21 @@ def tile_batch_kernel(
     for block in range(first_block, last_block):
         # The next block, and the next x, are asked for before these are multiplied.
         next_block = tl.minimum(block + 1, last_block - 1)
-        next_low, next_second, next_high = load_words(
-            low_ptr, high_ptr, next_block, BLOCK_WORDS, BITS
-        )
+        next_words = load_words(code_ptr, next_block, BITS)
         next_grid = load_grid(grid_rows, next_block, COLUMNS, GROUP_SIZE, BLOCK_ROWS)
-        high_second = high >> 1
-        for number in tl.static_range(2 * FIELDS):
-            if number < 2 * FIELDS - 1:
-                columns = block * COLUMNS + (number + 1) * (SLICE // 2)
+        for number in tl.static_range(STRIPS):
+            if number < STRIPS - 1:
+                columns = block * COLUMNS + (number + 1) * STRIP
             else:
                 columns = next_block * COLUMNS
             next_x = tl.load(x_rows + columns * TOKENS)
-            weights = half_slice(
-                low if number % 2 == 0 else low_second,
-                high if number % 2 == 0 else high_second,
+            weights = strip_weights(
+                words,
                 grid,
                 offset,
-                number // 2,
-                number % 2,
+                number,
                 GROUP_SIZE,
                 BITS,
-                BLOCK_WORDS,
                 WIDTH,
                 DTYPE,
                 X_TYPE,
@@ -177,8 +165,7 @@ def tile_batch_kernel(
             weights = deal_rows(weights, WARPS)
             total = tl.dot(weights, x, total)
             x = next_x
-        low, low_second, high = next_low, next_second, next_high
-        grid = next_grid
+        words, grid = next_words, next_grid
 
     first_token = tl.program_id(2) * TOKENS
     token = first_token + tl.arange(0, TOKENS)[None, :]

@@ -1,16 +1,21 @@
-"""A block of a tiled weight: loading it, and its slices as tensor cores take them."""
+"""A block of a tiled weight: loading it, and its strips as tensor cores take them."""
 
 import triton
 import triton.language as tl
 
 from tacq_vllm.kernels.triton_tile_codes import (
+    PART_WORDS,
+    STRIP,
+    block_columns,
+    block_words,
     group_in_block,
-    group_of_slice,
+    group_of_columns,
     groups_of_block,
     negative_zeros,
     pair_weights,
+    place_of_strip,
     scale_pairs,
-    slice_words,
+    strip_words,
     value_pairs,
 )
 
@@ -55,40 +60,23 @@ def dealt_columns(WIDTH: tl.constexpr):
 
 
 @triton.jit
-def code_places(
-    qweight_ptr,
-    qweight_high_ptr,
-    rows,
-    blocks,
-    BLOCK_WORDS: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    """Where the first block of rows [n, 1] has its words, for `load_words`."""
-    HALF: tl.constexpr = BLOCK_WORDS // 2
-    code_rows = rows * blocks
-    half_words = tl.arange(0, HALF)[None, :]
-    low_ptr = qweight_ptr + code_rows * BLOCK_WORDS + half_words
-    high_ptr = low_ptr
-    if BITS == 3:
-        high_ptr = qweight_high_ptr + code_rows * HALF + half_words
-    return low_ptr, high_ptr
+def code_places(qweight_ptr, rows, blocks, BITS: tl.constexpr):
+    """Where the first block of rows [n, 1] has its first part, for `load_words`."""
+    row_words = blocks * block_words(BITS)
+    return qweight_ptr + rows * row_words + tl.arange(0, PART_WORDS)[None, :]
 
 
 @triton.jit
-def load_words(low_ptr, high_ptr, block, BLOCK_WORDS: tl.constexpr, BITS: tl.constexpr):
-    """A block's words: both halves of the low plane's, and the high plane's.
+def load_words(places, block, BITS: tl.constexpr):
+    """A block's words, a tuple of int32 [n, PART_WORDS] for its parts.
 
     Nobody else reads them: they do not go through the cache that x is in.
     """
-    HALF: tl.constexpr = BLOCK_WORDS // 2
-    low_ptr += block * BLOCK_WORDS
-    first = tl.load(low_ptr, cache_modifier=".cg")
-    second = tl.load(low_ptr + HALF, cache_modifier=".cg")
-    if BITS == 3:
-        high = tl.load(high_ptr + block * HALF, cache_modifier=".cg")
-        return first, second, high
-    else:
-        return first, second, first
+    places += block * block_words(BITS)
+    words = ()
+    for part in tl.static_range(block_words(BITS) // PART_WORDS):
+        words += (tl.load(places + part * PART_WORDS, cache_modifier=".cg"),)
+    return words
 
 
 @triton.jit
@@ -102,36 +90,32 @@ def load_grid(
     """A block's words of the grid, a tuple of int32 [ROWS] for its groups."""
     words = ()
     for number in tl.static_range(groups_of_block(COLUMNS, GROUP_SIZE)):
-        group = group_of_slice(block, number * GROUP_SIZE, COLUMNS, GROUP_SIZE)
+        group = group_of_columns(block, number * GROUP_SIZE, COLUMNS, GROUP_SIZE)
         words += (tl.load(grid_ptr + group * ROWS, cache_modifier=".cg"),)
     return words
 
 
 @triton.jit
-def half_slice(
-    low,
-    high,
+def strip_weights(
+    words,
     grid,
     offset,
-    FIELD: tl.constexpr,
-    HALF: tl.constexpr,
+    NUMBER: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BITS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
     WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
     X_TYPE: tl.constexpr,
 ):
-    """Weights [ROWS, 32] of half a slice, dealt: `low` and `high` are its words.
+    """Weights [ROWS, STRIP] of a strip, dealt.
 
-    `grid` is of the whole block, `offset` is `offset_words`.
+    `words` and `grid` are of the whole block, `offset` is `offset_words`.
     """
-    SLICE: tl.constexpr = 2 * BLOCK_WORDS
-    COLUMNS: tl.constexpr = (4 if BITS == 4 else 8) * SLICE
-    FIRST: tl.constexpr = FIELD * SLICE + HALF * (SLICE // 2)
-    group = grid[group_in_block(FIRST, COLUMNS, GROUP_SIZE)]
-    zeros = negative_zeros(group, offset, FIELD, BITS)[:, None]
-    scales = scale_pairs(group, FIELD, BITS, DTYPE, X_TYPE)[:, None]
-    words = slice_words(low, high, offset, FIELD, BITS)
-    words = pair_weights(words, zeros, scales, X_TYPE)
-    return deal(value_pairs(words, X_TYPE), WIDTH)
+    PLACE: tl.constexpr = place_of_strip(NUMBER, BITS)
+    COLUMNS: tl.constexpr = block_columns(BITS)
+    group = grid[group_in_block(NUMBER * STRIP, COLUMNS, GROUP_SIZE)]
+    zeros = negative_zeros(group, offset, PLACE)[:, None]
+    scales = scale_pairs(group, PLACE, DTYPE, X_TYPE)[:, None]
+    pairs = strip_words(words, offset, NUMBER, BITS)
+    pairs = pair_weights(pairs, zeros, scales, X_TYPE)
+    return deal(value_pairs(pairs, X_TYPE), WIDTH)

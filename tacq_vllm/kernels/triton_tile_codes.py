@@ -2,34 +2,46 @@
 
 A code goes into the mantissa of 128 in bfloat16, or of 1024 in float16, where it is a
 number without a conversion, and without a shift too while it is within the last seven
-bits: field 1 of a word then counts for 4 times its code, field 2 for 16 times. What the
+bits: field 1 of 2 bits then counts for 4 times its code, field 2 for 16 times. What the
 numbers are too large by comes off with the zero-point; the scale makes up for the rest.
 """
 
 import triton
 import triton.language as tl
 
+from tacq_vllm.kernels import tiles
 from tacq_vllm.kernels.triton_codes import high_half
 
+PART_WORDS = tl.constexpr(tiles.PART_WORDS)
+STRIP = tl.constexpr(tiles.STRIP)
 SIGNS = tl.constexpr(-0x7FFF8000)
 """-0.0 in both halves of a word."""
 
+block_words = triton.constexpr_function(tiles.block_words)
+block_columns = triton.constexpr_function(tiles.block_columns)
+part_of_strip = triton.constexpr_function(tiles.part_of_strip)
+field_of_strip = triton.constexpr_function(tiles.field_of_strip)
+
 
 @triton.constexpr_function
-def fields_in_place(bits):
-    """How many fields of a half are within the mantissa before it is shifted."""
-    return 1 if bits == 4 else 3
+def place_of_strip(strip, bits):
+    """The lowest bit of a strip's codes in the mantissa, when words are shifted."""
+    field = field_of_strip(strip, bits)
+    # As many fields as are within the mantissa are shifted together; the one of which
+    # all parts have a bit is put together in the lowest place.
+    together = {2: 3, 3: 2, 4: 1}[bits]
+    return 0 if (field + 1) * bits > 16 else field % together * bits
 
 
 @triton.constexpr_function
-def field_unit(field, bits):
-    """What the code part of a slice's values is to be multiplied with."""
-    return 4.0 ** -(field % fields_in_place(bits))
+def strip_unit(strip, bits):
+    """What the code part of a strip's values is to be multiplied with."""
+    return 2.0 ** -place_of_strip(strip, bits)
 
 
 @triton.constexpr_function
 def value_offset(dtype):
-    """What a slice's values are too large by."""
+    """What a strip's values are too large by."""
     return 128.0 if dtype.is_bf16() else 1024.0
 
 
@@ -40,47 +52,40 @@ def offset_words(dtype):
 
 
 @triton.constexpr_function
-def unit_words(field, bits, dtype):
-    """`field_unit` in both halves of a word."""
+def unit_words(place, dtype):
+    """2^-place in both halves of a word."""
     bias, mantissa_bits = (127, 7) if dtype.is_bf16() else (15, 10)
-    return (bias - 2 * (field % fields_in_place(bits)) << mantissa_bits) * 0x00010001
+    return (bias - place << mantissa_bits) * 0x00010001
 
 
 @triton.jit
-def slice_words(low, high, offset, FIELD: tl.constexpr, BITS: tl.constexpr):
-    """The values of a slice, two in a word: int32 of the shape of `low`.
+def strip_words(words, offset, NUMBER: tl.constexpr, BITS: tl.constexpr):
+    """The values of a strip, two in a word: int32 [n, PART_WORDS].
 
-    `high` are the words of the high plane, shifted by one bit for the second half of
-    the low words; `offset` is of `offset_words`.
+    `words` are of all parts of its block, `offset` is of `offset_words`.
     """
-    PLACE: tl.constexpr = FIELD % fields_in_place(BITS)
-    SHIFT: tl.constexpr = (FIELD - PLACE) * (4 if BITS == 4 else 2)
-    MASK: tl.constexpr = (0x000F000F if BITS == 4 else 0x00030003) << 2 * PLACE
-    words = (low >> SHIFT) & MASK | offset
-    if BITS == 3:
-        HIGH_SHIFT: tl.constexpr = SHIFT - 2
-        moved = high >> HIGH_SHIFT if HIGH_SHIFT >= 0 else high << -HIGH_SHIFT
+    FIRST: tl.constexpr = field_of_strip(NUMBER, BITS) * BITS
+    if FIRST + BITS > 16:
+        pairs = (words[0] >> FIRST) & 0x00010001 | offset
         # Not `|`, which the compiler would combine in an order that takes one more.
-        words ^= moved & (0x00040004 << 2 * PLACE)
-    return words
+        pairs ^= (words[1] >> (FIRST - 1)) & 0x00020002
+        pairs ^= (words[2] >> (FIRST - 2)) & 0x00040004
+        return pairs
+    else:
+        PLACE: tl.constexpr = place_of_strip(NUMBER, BITS)
+        MASK: tl.constexpr = ((1 << BITS) - 1) * 0x00010001 << PLACE
+        return (words[part_of_strip(NUMBER, BITS)] >> (FIRST - PLACE)) & MASK | offset
 
 
 @triton.jit
-def negative_zeros(grid, offset, FIELD: tl.constexpr, BITS: tl.constexpr):
-    """What takes a slice's values to 0 at their zero-points, two in a word."""
-    PLACE: tl.constexpr = FIELD % fields_in_place(BITS)
-    return (grid & 0xFFFF) * (0x00010001 << 2 * PLACE) + (offset | SIGNS)
+def negative_zeros(grid, offset, PLACE: tl.constexpr):
+    """What takes codes at a place to 0 at their zero-points, two in a word."""
+    return (grid & 0xFFFF) * (0x00010001 << PLACE) + (offset | SIGNS)
 
 
 @triton.jit
-def scale_pairs(
-    grid,
-    FIELD: tl.constexpr,
-    BITS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    X_TYPE: tl.constexpr,
-):
-    """Scales of a slice's values, two in a word.
+def scale_pairs(grid, PLACE: tl.constexpr, DTYPE: tl.constexpr, X_TYPE: tl.constexpr):
+    """Scales of codes at a place, two in a word.
 
     In float16 those under 2^-10 are subnormal by their unit, and lose bits.
     """
@@ -89,15 +94,15 @@ def scale_pairs(
     else:
         scales = high_half(grid, DTYPE).to(X_TYPE).to(tl.int16, bitcast=True)
         pairs = (scales.to(tl.int32) & 0xFFFF) * 0x00010001
-    if FIELD % fields_in_place(BITS) > 0:
-        pairs = pair_fma(pairs, unit_words(FIELD, BITS, X_TYPE), SIGNS, X_TYPE)
+    if PLACE > 0:
+        pairs = pair_fma(pairs, unit_words(PLACE, X_TYPE), SIGNS, X_TYPE)
     return pairs
 
 
 @triton.jit
 def pair_weights(words, zeros, scales, X_TYPE: tl.constexpr):
-    """Weights of a slice, two in a word, rounded once to the type of x."""
-    ONE: tl.constexpr = unit_words(0, 4, X_TYPE)
+    """Weights of a strip, two in a word, rounded once to the type of x."""
+    ONE: tl.constexpr = unit_words(0, X_TYPE)
     off_zero = pair_fma(words, ONE, zeros, X_TYPE)
     return pair_fma(off_zero, scales, SIGNS, X_TYPE)
 
@@ -130,7 +135,7 @@ def scales_and_zeros(grid, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def group_of_slice(
+def group_of_columns(
     block, FIRST: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr
 ):
     """The group that a block's columns from FIRST on are in.
@@ -153,7 +158,7 @@ def groups_of_block(columns, group_size):
 
 @triton.constexpr_function
 def group_in_block(first, columns, group_size):
-    """Which of them a slice is in that begins with a block's column."""
+    """Which of them a strip is in that begins with a block's column."""
     return first // group_size if 0 < group_size < columns else 0
 
 

@@ -4,14 +4,17 @@ import triton
 import triton.language as tl
 
 from tacq_vllm.kernels.triton_codes import high_half
+from tacq_vllm.kernels.triton_tile_blocks import code_places, load_grid, load_words
 from tacq_vllm.kernels.triton_tile_codes import (
+    STRIP,
+    block_columns,
     entry_columns,
     entry_rows,
-    field_unit,
-    group_of_slice,
+    group_in_block,
     offset_words,
     scales_and_zeros,
-    slice_words,
+    strip_unit,
+    strip_words,
     value_offset,
 )
 
@@ -19,7 +22,6 @@ from tacq_vllm.kernels.triton_tile_codes import (
 @triton.jit
 def tile_dequantize_kernel(
     qweight_ptr,
-    qweight_high_ptr,
     grid_ptr,
     out_ptr,
     first_row,
@@ -29,7 +31,6 @@ def tile_dequantize_kernel(
     GROUP_SIZE: tl.constexpr,
     BITS: tl.constexpr,
     IS_PADDED: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
     GRID_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -40,45 +41,36 @@ def tile_dequantize_kernel(
     GROUP_SIZE is 0 for groups that are whole rows, IS_PADDED says that the last block
     has more columns than W. Scales of GRID_ROWS rows are neighbours.
     """
-    FIELDS: tl.constexpr = 4 if BITS == 4 else 8
-    SLICE: tl.constexpr = 2 * BLOCK_WORDS
-    COLUMNS: tl.constexpr = FIELDS * SLICE
-    PARTS: tl.constexpr = 2 if GROUP_SIZE == SLICE // 2 else 1
+    COLUMNS: tl.constexpr = block_columns(BITS)
     TYPE: tl.constexpr = out_ptr.dtype.element_ty
     rows = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1)
-    is_row = rows < last_row
-    out_rows = out_ptr + (rows - first_row).to(tl.int64) * in_features
-    words = tl.arange(0, BLOCK_WORDS)[None, :]
-    places = rows[:, None] * (blocks * BLOCK_WORDS) + block * BLOCK_WORDS + words
-    low = tl.load(qweight_ptr + places, mask=is_row[:, None], other=0)
-    high = low
-    if BITS == 3:
-        HALF: tl.constexpr = BLOCK_WORDS // 2
-        places = rows[:, None] * (blocks * HALF) + block * HALF + words % HALF
-        high = tl.load(qweight_high_ptr + places, mask=is_row[:, None], other=0)
-        high >>= words // HALF
+    is_row = (rows < last_row)[:, None]
+    out_rows = out_ptr + ((rows - first_row).to(tl.int64) * in_features)[:, None]
+    # What is past the last row is computed of the last one, and not stored.
+    rows = tl.minimum(rows, last_row - 1)
+    words = load_words(
+        code_places(qweight_ptr, rows[:, None], blocks, BITS), block, BITS
+    )
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
     grid_rows = grid_ptr + rows // GRID_ROWS * (groups * GRID_ROWS) + rows % GRID_ROWS
-    parts = tl.arange(0, PARTS)[None, :] * GRID_ROWS
-    for field in tl.static_range(FIELDS):
-        group = group_of_slice(block, field * SLICE, COLUMNS, GROUP_SIZE)
-        places = grid_rows[:, None] + group * GRID_ROWS + parts
-        grid = tl.load(places, mask=is_row[:, None], other=0)
-        scales, zeros = scales_and_zeros(grid, DTYPE)
-        unit = field_unit(field, BITS)
-        codes = slice_words(low, high, offset_words(TYPE), field, BITS)
-        values = tl.join(high_half(codes << 16, TYPE), high_half(codes, TYPE))
-        values = values.reshape(ROWS, PARTS, SLICE // PARTS)
+    grid = load_grid(grid_rows, block, COLUMNS, GROUP_SIZE, GRID_ROWS)
+    for number in tl.static_range(COLUMNS // STRIP):
+        group = grid[group_in_block(number * STRIP, COLUMNS, GROUP_SIZE)]
+        scales, zeros = scales_and_zeros(group, DTYPE)
+        unit = strip_unit(number, BITS)
+        pairs = strip_words(words, offset_words(TYPE), number, BITS)
+        values = tl.join(high_half(pairs << 16, TYPE), high_half(pairs, TYPE))
         # Exact: what is taken off has as few bits, and units are powers of 2.
-        codes_off_zero = values - (value_offset(TYPE) + zeros / unit)[:, :, None]
-        weight = codes_off_zero * (scales * unit)[:, :, None]
-        weight = weight.to(TYPE).reshape(ROWS, SLICE)
-        columns = block * COLUMNS + field * SLICE + tl.arange(0, SLICE)[None, :]
-        mask = is_row[:, None]
+        codes_off_zero = values.reshape(ROWS, STRIP) - (
+            value_offset(TYPE) + zeros[:, None] / unit
+        )
+        weight = (codes_off_zero * (scales * unit)[:, None]).to(TYPE)
+        columns = block * COLUMNS + number * STRIP + tl.arange(0, STRIP)[None, :]
+        mask = is_row
         if IS_PADDED:
             mask = mask & (columns < in_features)
-        tl.store(out_rows[:, None] + columns, weight, mask=mask)
+        tl.store(out_rows + columns, weight, mask=mask)
 
 
 @triton.jit

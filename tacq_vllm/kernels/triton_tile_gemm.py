@@ -14,11 +14,12 @@ from tacq_vllm.kernels.triton_early import let_next_begin, wait_for_last
 from tacq_vllm.kernels.triton_tile_blocks import (
     code_places,
     deal,
-    half_slice,
     load_grid,
     load_words,
     row_share,
+    strip_weights,
 )
+from tacq_vllm.kernels.triton_tile_codes import STRIP, block_columns
 from tacq_vllm.kernels.triton_tile_kept import add_kept
 from tacq_vllm.kernels.triton_tile_sums import (
     add_up,
@@ -32,7 +33,6 @@ from tacq_vllm.kernels.triton_tile_sums import (
 def tile_gemm_kernel(
     x_ptr,
     qweight_ptr,
-    qweight_high_ptr,
     grid_ptr,
     starts_ptr,
     columns_ptr,
@@ -57,7 +57,6 @@ def tile_gemm_kernel(
     HAS_BIAS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     COUNTERS: tl.constexpr,
@@ -77,9 +76,7 @@ def tile_gemm_kernel(
     has more columns than x; WIDTH is of `deal`. IS_EARLY says that the kernel before
     may not have ended: until it has, only the weight is read, which it did not write.
     """
-    FIELDS: tl.constexpr = 4 if BITS == 4 else 8
-    SLICE: tl.constexpr = 2 * BLOCK_WORDS
-    COLUMNS: tl.constexpr = FIELDS * SLICE
+    COLUMNS: tl.constexpr = block_columns(BITS)
     PARTS: tl.constexpr = TOKENS // 8
     X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
     if IS_EARLY:
@@ -144,24 +141,20 @@ def tile_gemm_kernel(
     rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
     # What is past the last row or token is computed of the last one, and not stored.
     code_rows = tl.minimum(rows, out_features - 1)
-    low_ptr, high_ptr = code_places(
-        qweight_ptr, qweight_high_ptr, code_rows, blocks, BLOCK_WORDS, BITS
-    )
+    code_ptr = code_places(qweight_ptr, code_rows, blocks, BITS)
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
     grid_rows = grid_ptr + row_block * groups * ROWS + tl.arange(0, ROWS)
-    half_columns = tl.arange(0, SLICE // 2)[None, :]
+    strip_columns = tl.arange(0, STRIP)[None, :]
     x_starts = ()
     for part in tl.static_range(PARTS):
         token = part * 8 + eight[:, None]
         x_starts += (
-            x_ptr + tl.minimum(token, tokens - 1) * in_features + half_columns,
+            x_ptr + tl.minimum(token, tokens - 1) * in_features + strip_columns,
         )
 
     first_block = split * blocks // splits
     last_block = (split + 1) * blocks // splits
-    low, low_second, high = load_words(
-        low_ptr, high_ptr, first_block, BLOCK_WORDS, BITS
-    )
+    words = load_words(code_ptr, first_block, BITS)
     grid = load_grid(grid_rows, first_block, COLUMNS, GROUP_SIZE, ROWS)
     start = tl.load(starts_ptr + row_block)
     own = tl.minimum(tl.load(starts_ptr + row_block + 1) - start, OWN_SEGMENTS)
@@ -183,39 +176,31 @@ def tile_gemm_kernel(
     for block in range(first_block, last_block):
         # The next block is asked for before this one is multiplied.
         next_block = tl.minimum(block + 1, last_block - 1)
-        next_low, next_second, next_high = load_words(
-            low_ptr, high_ptr, next_block, BLOCK_WORDS, BITS
-        )
+        next_words = load_words(code_ptr, next_block, BITS)
         next_grid = load_grid(grid_rows, next_block, COLUMNS, GROUP_SIZE, ROWS)
-        high_second = high >> 1
-        for field in tl.static_range(FIELDS):
-            for half in tl.static_range(2):
-                weights = half_slice(
-                    low if half == 0 else low_second,
-                    high if half == 0 else high_second,
-                    grid,
-                    offset,
-                    field,
-                    half,
-                    GROUP_SIZE,
-                    BITS,
-                    BLOCK_WORDS,
-                    WIDTH,
-                    DTYPE,
-                    X_TYPE,
-                )
-                columns = block * COLUMNS + (field * SLICE + half * (SLICE // 2))
-                added = ()
-                for part in tl.static_range(PARTS):
-                    if IS_PADDED:
-                        is_column = columns + half_columns < in_features
-                        x = tl.load(x_starts[part] + columns, mask=is_column, other=0)
-                    else:
-                        x = tl.load(x_starts[part] + columns)
-                    added += (tl.dot(weights, deal(x, WIDTH).trans(), totals[part]),)
-                totals = added
-        low, low_second, high = next_low, next_second, next_high
-        grid = next_grid
+        for number in tl.static_range(COLUMNS // STRIP):
+            weights = strip_weights(
+                words,
+                grid,
+                offset,
+                number,
+                GROUP_SIZE,
+                BITS,
+                WIDTH,
+                DTYPE,
+                X_TYPE,
+            )
+            columns = block * COLUMNS + number * STRIP
+            added = ()
+            for part in tl.static_range(PARTS):
+                if IS_PADDED:
+                    is_column = columns + strip_columns < in_features
+                    x = tl.load(x_starts[part] + columns, mask=is_column, other=0)
+                else:
+                    x = tl.load(x_starts[part] + columns)
+                added += (tl.dot(weights, deal(x, WIDTH).trans(), totals[part]),)
+            totals = added
+        words, grid = next_words, next_grid
 
     for part in tl.static_range(PARTS):
         token = part * 8 + eight[None, :]

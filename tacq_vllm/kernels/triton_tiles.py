@@ -16,7 +16,6 @@ from packaging.version import Version
 from torch import Tensor
 
 from tacq_vllm.kernels.tiles import (
-    BLOCK_WORDS,
     JOB_SEGMENTS,
     OWN_SEGMENTS,
     ROWS,
@@ -116,7 +115,8 @@ def _gemm(
     turns = triton.cdiv(row_blocks, places // splits)
     tile_gemm_kernel[places, turns + triton.cdiv(jobs, places)](
         x,
-        *_codes(tiled),
+        tiled.qweight,
+        tiled.grid,
         *_kept(tiled),
         tiled.job_starts,
         tiled.job_blocks,
@@ -138,7 +138,6 @@ def _gemm(
         HAS_BIAS=bias is not None,
         IS_SPLIT=sums is not None,
         WIDTH=operand_width(major_capability(x.device), 1),
-        BLOCK_WORDS=BLOCK_WORDS,
         ROWS=ROWS,
         TOKENS=shape.tokens,
         COUNTERS=TOKEN_BLOCKS,
@@ -182,7 +181,8 @@ def _batch(
     turns = triton.cdiv(row_blocks, places // splits)
     tile_batch_kernel[places, turns, token_blocks](
         transposed,
-        *_codes(tiled),
+        tiled.qweight,
+        tiled.grid,
         *_kept(tiled),
         tiled.counters,
         bias,
@@ -198,7 +198,6 @@ def _batch(
         HAS_BIAS=bias is not None,
         IS_SPLIT=splits > 1,
         WIDTH=operand_width(major_capability(x.device), shape.warps),
-        BLOCK_WORDS=BLOCK_WORDS,
         BLOCK_ROWS=ROWS,
         WARPS=shape.warps,
         TOKENS=shape.tokens,
@@ -220,7 +219,8 @@ def _dequantize(
     out = tiled.qweight.new_empty(stop - start, tiled.in_features, dtype=dtype)
     row_blocks = triton.cdiv(stop - start, shape.rows)
     tile_dequantize_kernel[row_blocks, tiled.blocks](
-        *_codes(tiled),
+        tiled.qweight,
+        tiled.grid,
         out,
         start,
         stop,
@@ -229,7 +229,6 @@ def _dequantize(
         GROUP_SIZE=tiled.group_size,
         BITS=tiled.bits,
         IS_PADDED=_is_padded(tiled),
-        BLOCK_WORDS=BLOCK_WORDS,
         GRID_ROWS=ROWS,
         ROWS=shape.rows,
         DTYPE=_DTYPES[tiled.dtype],
@@ -248,10 +247,6 @@ def _dequantize(
         num_warps=shape.warps,
     )
     return out
-
-
-def _codes(tiled: TiledLinear) -> tuple[Tensor | None, ...]:
-    return tiled.qweight, tiled.qweight_high, tiled.grid
 
 
 def _kept(tiled: TiledLinear) -> tuple[Tensor, ...]:

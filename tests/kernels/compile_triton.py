@@ -18,7 +18,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tacq_vllm.kernels.tiles import (
-    BLOCK_WORDS,
     JOB_SEGMENTS,
     OWN_SEGMENTS,
     ROWS,
@@ -96,10 +95,7 @@ def tile_kernels(
 ) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
     """The same of the kernels of tiled weights, with a last block that is not full."""
     sizes: dict[str, Any] = {"GROUP_SIZE": 64, "BITS": bits, "IS_PADDED": True}
-    sizes |= {"BLOCK_WORDS": BLOCK_WORDS, "GRID_ROWS": ROWS}
-    sizes |= {"SEGMENT": SEGMENT, "DTYPE": tl.bfloat16}
-    if bits != 3:
-        sizes |= {"qweight_high_ptr": None}
+    sizes |= {"GRID_ROWS": ROWS, "SEGMENT": SEGMENT, "DTYPE": tl.bfloat16}
     own: dict[str, Any] = {"HAS_BIAS": True, "COUNTERS": TOKEN_BLOCKS}
     own |= {"BLOCK_ROWS": ROWS, "STEP": BATCH_STEP}
     own |= {"OWN_SEGMENTS": OWN_SEGMENTS, "JOB_SEGMENTS": JOB_SEGMENTS}

@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.outliers import Outliers, encode_outliers
+from tacq_vllm.format.packing import unpack_codes
 from tacq_vllm.kernels import tiling
 from tacq_vllm.kernels.reference import dequantize
+from tacq_vllm.kernels.tiles import (
+    STRIP,
+    block_columns,
+    block_words,
+    field_of_strip,
+    part_of_strip,
+)
 from tacq_vllm.kernels.tiling import can_tile, tile, untile
 from tests.builders import random_linear
 from tests.clusters import random_clustered
@@ -49,6 +57,33 @@ def test_nothing_is_lost(
     assume(can_tile(packed))
 
     assert_equal(packed, untile(tile(packed)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_where_codes_are(bits: int) -> None:
+    """Read with Python's numbers, as the layout is described."""
+    columns = 2 * block_columns(bits)
+    packed, _ = random_linear(bits, 3, columns, 64, 0, torch.bfloat16, 4)
+    codes = unpack_codes(packed.weight_planes, bits, columns).tolist()
+    words = tile(packed).qweight.tolist()
+
+    for row, block in ((0, 0), (2, 1)):
+        start = block * block_words(bits)
+        own = [word % 2**32 for word in words[row][start : start + block_words(bits)]]
+        halves = [half for word in own for half in (word % 2**16, word >> 16)]
+        parts = [
+            halves[first : first + STRIP] for first in range(0, len(halves), STRIP)
+        ]
+        found = []
+        for strip in range(block_columns(bits) // STRIP):
+            part, field = part_of_strip(strip, bits), field_of_strip(strip, bits)
+            if (bits, field) == (3, 5):
+                bits_of = zip(*parts, strict=True)
+                found += [sum((h >> 15) << n for n, h in enumerate(b)) for b in bits_of]
+            else:
+                found += [half >> bits * field & 2**bits - 1 for half in parts[part]]
+        first = block * block_columns(bits)
+        assert found == codes[row][first : first + block_columns(bits)]
 
 
 def test_kept_weights_that_look_like_what_is_left_over() -> None:
