@@ -19,10 +19,11 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-# Of tests in several processes each has a core of its own.
+# Of tests in several processes each has one core.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    _WORKER = os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")
-    ENVIRONMENT["VLLM_CPU_OMP_THREADS_BIND"] = _WORKER
+    _WORKER = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    _CORES = sorted(os.sched_getaffinity(0))
+    ENVIRONMENT["VLLM_CPU_OMP_THREADS_BIND"] = str(_CORES[_WORKER % len(_CORES)])
 
 
 @contextmanager
