@@ -13,8 +13,7 @@ import triton.language as tl
 from tacq_vllm.kernels.triton_tile_blocks import (
     code_places,
     dealt_columns,
-    load_grid,
-    load_words,
+    load_block,
     row_share,
     strip_weights,
 )
@@ -123,8 +122,9 @@ def tile_batch_kernel(
 
     first_block = split * blocks // splits
     last_block = (split + 1) * blocks // splits
-    words = load_words(code_ptr, first_block, BITS)
-    grid = load_grid(grid_rows, first_block, COLUMNS, GROUP_SIZE, BLOCK_ROWS)
+    words, grid = load_block(
+        code_ptr, grid_rows, first_block, GROUP_SIZE, BITS, BLOCK_ROWS
+    )
     x = tl.load(x_rows + first_block * (COLUMNS * TOKENS))
     total = add_kept_of_blocks(
         tl.zeros([ROWS, TOKENS], tl.float32),
@@ -143,8 +143,9 @@ def tile_batch_kernel(
     for block in range(first_block, last_block):
         # The next block, and the next x, are asked for before these are multiplied.
         next_block = tl.minimum(block + 1, last_block - 1)
-        next_words = load_words(code_ptr, next_block, BITS)
-        next_grid = load_grid(grid_rows, next_block, COLUMNS, GROUP_SIZE, BLOCK_ROWS)
+        next_words, next_grid = load_block(
+            code_ptr, grid_rows, next_block, GROUP_SIZE, BITS, BLOCK_ROWS
+        )
         for number in tl.static_range(STRIPS):
             if number < STRIPS - 1:
                 columns = block * COLUMNS + (number + 1) * STRIP

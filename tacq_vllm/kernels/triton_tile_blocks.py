@@ -8,8 +8,8 @@ from tacq_vllm.kernels.triton_tile_codes import (
     STRIP,
     block_columns,
     block_words,
+    first_group,
     group_in_block,
-    group_of_columns,
     groups_of_block,
     negative_zeros,
     pair_weights,
@@ -61,38 +61,35 @@ def dealt_columns(WIDTH: tl.constexpr):
 
 @triton.jit
 def code_places(qweight_ptr, rows, blocks, BITS: tl.constexpr):
-    """Where the first block of rows [n, 1] has its first part, for `load_words`."""
+    """Where the first block of rows [n, 1] has its first part, for `load_block`."""
     row_words = blocks * block_words(BITS)
     return qweight_ptr + rows * row_words + tl.arange(0, PART_WORDS)[None, :]
 
 
 @triton.jit
-def load_words(places, block, BITS: tl.constexpr):
-    """A block's words, a tuple of int32 [n, PART_WORDS] for its parts.
-
-    Nobody else reads them: they do not go through the cache that x is in.
-    """
-    places += block * block_words(BITS)
-    words = ()
-    for part in tl.static_range(block_words(BITS) // PART_WORDS):
-        words += (tl.load(places + part * PART_WORDS, cache_modifier=".cg"),)
-    return words
-
-
-@triton.jit
-def load_grid(
+def load_block(
+    code_ptr,
     grid_ptr,
     block,
-    COLUMNS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    BITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A block's words of the grid, a tuple of int32 [ROWS] for its groups."""
+    """A block's words and its grid, int32 tuples.
+
+    Words are [n, PART_WORDS] for each of its parts, of the grid [n] for each group.
+    Nobody else reads them: they do not go through the cache that x is in.
+    """
+    COLUMNS: tl.constexpr = block_columns(BITS)
+    code_ptr += block * block_words(BITS)
     words = ()
+    for part in tl.static_range(block_words(BITS) // PART_WORDS):
+        words += (tl.load(code_ptr + part * PART_WORDS, cache_modifier=".cg"),)
+    grid_ptr += first_group(block, COLUMNS, GROUP_SIZE) * ROWS
+    grid = ()
     for number in tl.static_range(groups_of_block(COLUMNS, GROUP_SIZE)):
-        group = group_of_columns(block, number * GROUP_SIZE, COLUMNS, GROUP_SIZE)
-        words += (tl.load(grid_ptr + group * ROWS, cache_modifier=".cg"),)
-    return words
+        grid += (tl.load(grid_ptr + number * ROWS, cache_modifier=".cg"),)
+    return words, grid
 
 
 @triton.jit

@@ -135,10 +135,8 @@ def scales_and_zeros(grid, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def group_of_columns(
-    block, FIRST: tl.constexpr, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr
-):
-    """The group that a block's columns from FIRST on are in.
+def first_group(block, COLUMNS: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """The group that a block's first column is in.
 
     GROUP_SIZE is 0 for groups that are whole rows.
     """
@@ -147,7 +145,7 @@ def group_of_columns(
     elif GROUP_SIZE > COLUMNS:
         return block // (GROUP_SIZE // COLUMNS)
     else:
-        return block * (COLUMNS // GROUP_SIZE) + FIRST // GROUP_SIZE
+        return block * (COLUMNS // GROUP_SIZE)
 
 
 @triton.constexpr_function

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from tacq_vllm.kernels.triton_codes import high_half
-from tacq_vllm.kernels.triton_tile_blocks import code_places, load_grid, load_words
+from tacq_vllm.kernels.triton_tile_blocks import code_places, load_block
 from tacq_vllm.kernels.triton_tile_codes import (
     STRIP,
     block_columns,
@@ -49,12 +49,10 @@ def tile_dequantize_kernel(
     out_rows = out_ptr + ((rows - first_row).to(tl.int64) * in_features)[:, None]
     # What is past the last row is computed of the last one, and not stored.
     rows = tl.minimum(rows, last_row - 1)
-    words = load_words(
-        code_places(qweight_ptr, rows[:, None], blocks, BITS), block, BITS
-    )
+    code_ptr = code_places(qweight_ptr, rows[:, None], blocks, BITS)
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
     grid_rows = grid_ptr + rows // GRID_ROWS * (groups * GRID_ROWS) + rows % GRID_ROWS
-    grid = load_grid(grid_rows, block, COLUMNS, GROUP_SIZE, GRID_ROWS)
+    words, grid = load_block(code_ptr, grid_rows, block, GROUP_SIZE, BITS, GRID_ROWS)
     for number in tl.static_range(COLUMNS // STRIP):
         group = grid[group_in_block(number * STRIP, COLUMNS, GROUP_SIZE)]
         scales, zeros = scales_and_zeros(group, DTYPE)

@@ -14,8 +14,7 @@ from tacq_vllm.kernels.triton_early import let_next_begin, wait_for_last
 from tacq_vllm.kernels.triton_tile_blocks import (
     code_places,
     deal,
-    load_grid,
-    load_words,
+    load_block,
     row_share,
     strip_weights,
 )
@@ -154,8 +153,7 @@ def tile_gemm_kernel(
 
     first_block = split * blocks // splits
     last_block = (split + 1) * blocks // splits
-    words = load_words(code_ptr, first_block, BITS)
-    grid = load_grid(grid_rows, first_block, COLUMNS, GROUP_SIZE, ROWS)
+    words, grid = load_block(code_ptr, grid_rows, first_block, GROUP_SIZE, BITS, ROWS)
     start = tl.load(starts_ptr + row_block)
     own = tl.minimum(tl.load(starts_ptr + row_block + 1) - start, OWN_SEGMENTS)
     if IS_EARLY:
@@ -176,8 +174,9 @@ def tile_gemm_kernel(
     for block in range(first_block, last_block):
         # The next block is asked for before this one is multiplied.
         next_block = tl.minimum(block + 1, last_block - 1)
-        next_words = load_words(code_ptr, next_block, BITS)
-        next_grid = load_grid(grid_rows, next_block, COLUMNS, GROUP_SIZE, ROWS)
+        next_words, next_grid = load_block(
+            code_ptr, grid_rows, next_block, GROUP_SIZE, BITS, ROWS
+        )
         for number in tl.static_range(COLUMNS // STRIP):
             weights = strip_weights(
                 words,
