@@ -12,10 +12,11 @@ loads at once are what tensor cores take from it. A half has 8 fields of 2 bits,
 same half are one more field, whose lowest bit is the first part's. `part_of_strip` and
 `field_of_strip` say where a strip is. The last block is filled up with zeros.
 
-A scale and its zero-point are one word, those of 16 rows are neighbours. The kept
-weights of 16 rows lie together by their columns, in segments of 32; of rows with very
-many, what is over is the work of other programs. Clusters become codes of 3 bits, which
-all of theirs are.
+A scale and its zero-point are one word. Those of 16 rows lie together, a row's beside
+that of eight rows on: a thread multiplies the codes of both. The kept weights of 16
+rows lie together by their columns, in segments of 32; of rows with very many, what is
+over is the work of other programs. Clusters become codes of 3 bits, which all of theirs
+are.
 """
 
 from collections.abc import Mapping
@@ -67,8 +68,8 @@ class TiledLinear:
     qweight: Tensor
     """int32 [out, words]: the codes."""
     grid: Tensor
-    """int32 [out / ROWS, groups, ROWS]: a scale's 16 bits above its zero-point's; 0 for
-    rows and groups that the weight does not have."""
+    """int32 [out / ROWS, groups, ROWS / 2, 2]: a scale's 16 bits above its zero-point;
+    the last index is the half of rows. 0 for what the weight does not have."""
     segment_starts: Tensor
     """int32 [out / ROWS + 1]: the first segment of rows' kept weights, and the end."""
     segment_columns: Tensor

@@ -73,7 +73,7 @@ def untile(tiled: TiledLinear) -> PackedLinear:
     planes = [torch.cat(plane) for plane in zip(*parts, strict=True)]
     size = tiled.group_size
     groups = tiled.in_features // size if size else 1
-    words = tiled.grid.transpose(1, 2).reshape(-1, tiled.grid.shape[1])
+    words = tiled.grid.permute(0, 3, 2, 1).reshape(-1, tiled.grid.shape[1])
     words = words[: tiled.out_features, :groups]
     zeros = pack_codes(words & (1 << tiled.bits) - 1, tiled.bits, dim=0)
     return PackedLinear(
@@ -158,7 +158,8 @@ def _tile_grid(linear: PackedLinear | ClusteredLinear, row_blocks: int) -> Tenso
         scales << 16 | zeros.to(torch.int32),
         (0, padded - groups, 0, row_blocks * ROWS - linear.out_features),
     )
-    return words.view(row_blocks, ROWS, padded).transpose(1, 2).contiguous()
+    words = words.view(row_blocks, 2, ROWS // 2, padded)
+    return words.permute(0, 3, 2, 1).contiguous()
 
 
 def _fill_segments(

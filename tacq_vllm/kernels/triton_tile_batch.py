@@ -12,12 +12,24 @@ import triton.language as tl
 
 from tacq_vllm.kernels.triton_tile_blocks import (
     code_places,
+    deal_pairs,
     dealt_columns,
+    grid_places,
     load_block,
     row_share,
-    strip_weights,
+    strip_codes,
 )
-from tacq_vllm.kernels.triton_tile_codes import STRIP, block_columns
+from tacq_vllm.kernels.triton_tile_codes import (
+    SIGNS,
+    STRIP,
+    block_columns,
+    group_of_strip,
+    in_register,
+    negative_zeros,
+    pair_fma,
+    place_of_strip,
+    scale_pairs,
+)
 from tacq_vllm.kernels.triton_tile_kept import add_kept_of_blocks
 from tacq_vllm.kernels.triton_tile_sums import add_up, store, store_sums
 
@@ -107,6 +119,7 @@ def tile_batch_kernel(
     STRIPS: tl.constexpr = COLUMNS // STRIP
     ROWS: tl.constexpr = WARPS * BLOCK_ROWS
     X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    offset = in_register(offset)
     row_block, split = row_share(tl.program_id(1), splits)
     if row_block * ROWS >= out_features:
         return
@@ -114,8 +127,7 @@ def tile_batch_kernel(
     loaded = tl.minimum(row_block * ROWS + dealt_rows(WARPS), out_features - 1)
     code_ptr = code_places(qweight_ptr, loaded[:, None], blocks, BITS)
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
-    grid_rows = grid_ptr + loaded // BLOCK_ROWS * (groups * BLOCK_ROWS)
-    grid_rows += loaded % BLOCK_ROWS
+    grid_rows = grid_places(grid_ptr, loaded, groups, BLOCK_ROWS)
     x_ptr += tl.program_id(2) * (blocks * (COLUMNS * TOKENS))
     x_rows = x_ptr + dealt_columns(WIDTH)[:, None] * TOKENS
     x_rows += tl.arange(0, TOKENS)[None, :]
@@ -152,18 +164,13 @@ def tile_batch_kernel(
             else:
                 columns = next_block * COLUMNS
             next_x = tl.load(x_rows + columns * TOKENS)
-            weights = strip_weights(
-                words,
-                grid,
-                offset,
-                number,
-                GROUP_SIZE,
-                BITS,
-                WIDTH,
-                DTYPE,
-                X_TYPE,
-            )
-            weights = deal_rows(weights, WARPS)
+            group = grid[group_of_strip(number, COLUMNS, GROUP_SIZE)][:, None]
+            zeros = negative_zeros(group, offset, place_of_strip(number, BITS), X_TYPE)
+            codes = strip_codes(words, zeros, offset, number, BITS, X_TYPE)
+            scales = scale_pairs(group, DTYPE, X_TYPE)
+            # Rounded once, to the type of x.
+            weights = pair_fma(codes, scales, SIGNS, X_TYPE)
+            weights = deal_rows(deal_pairs(weights, WIDTH, X_TYPE), WARPS)
             total = tl.dot(weights, x, total)
             x = next_x
         words, grid = next_words, next_grid

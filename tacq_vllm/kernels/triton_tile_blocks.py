@@ -5,17 +5,14 @@ import triton.language as tl
 
 from tacq_vllm.kernels.triton_tile_codes import (
     PART_WORDS,
-    STRIP,
     block_columns,
     block_words,
     first_group,
-    group_in_block,
     groups_of_block,
-    negative_zeros,
-    pair_weights,
+    pair_fma,
     place_of_strip,
-    scale_pairs,
     strip_words,
+    unit_words,
     value_pairs,
 )
 
@@ -67,6 +64,14 @@ def code_places(qweight_ptr, rows, blocks, BITS: tl.constexpr):
 
 
 @triton.jit
+def grid_places(grid_ptr, rows, groups, ROWS: tl.constexpr):
+    """Where rows have their first scale and zero-point, for `load_block`."""
+    block, row = rows // ROWS, rows % ROWS
+    place = row % (ROWS // 2) * 2 + row // (ROWS // 2)
+    return grid_ptr + block * (groups * ROWS) + place
+
+
+@triton.jit
 def load_block(
     code_ptr,
     grid_ptr,
@@ -77,8 +82,8 @@ def load_block(
 ):
     """A block's words and its grid, int32 tuples.
 
-    Words are [n, PART_WORDS] for each of its parts, of the grid [n] for each group.
-    Nobody else reads them: they do not go through the cache that x is in.
+    Words are [n, PART_WORDS] for each of its parts, the grid is as `grid_ptr` is for
+    each group. Nobody else reads them: they do not go through the cache that x is in.
     """
     COLUMNS: tl.constexpr = block_columns(BITS)
     code_ptr += block * block_words(BITS)
@@ -93,26 +98,20 @@ def load_block(
 
 
 @triton.jit
-def strip_weights(
-    words,
-    grid,
-    offset,
-    NUMBER: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    BITS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DTYPE: tl.constexpr,
-    X_TYPE: tl.constexpr,
+def strip_codes(
+    words, zeros, offset, NUMBER: tl.constexpr, BITS: tl.constexpr, X_TYPE: tl.constexpr
 ):
-    """Weights [ROWS, STRIP] of a strip, dealt.
+    """Codes of a strip less their zero-points, exact, two in a word: [n, PART_WORDS].
 
-    `words` and `grid` are of the whole block, `offset` is `offset_words`.
+    `words` are of the whole block, `zeros` are `negative_zeros` at the strip's place,
+    `offset` is `offset_words`.
     """
     PLACE: tl.constexpr = place_of_strip(NUMBER, BITS)
-    COLUMNS: tl.constexpr = block_columns(BITS)
-    group = grid[group_in_block(NUMBER * STRIP, COLUMNS, GROUP_SIZE)]
-    zeros = negative_zeros(group, offset, PLACE)[:, None]
-    scales = scale_pairs(group, PLACE, DTYPE, X_TYPE)[:, None]
     pairs = strip_words(words, offset, NUMBER, BITS)
-    pairs = pair_weights(pairs, zeros, scales, X_TYPE)
+    return pair_fma(pairs, unit_words(PLACE, X_TYPE), zeros, X_TYPE)
+
+
+@triton.jit
+def deal_pairs(pairs, WIDTH: tl.constexpr, X_TYPE: tl.constexpr):
+    """The numbers of a strip, two in a word, dealt: [n, STRIP]."""
     return deal(value_pairs(pairs, X_TYPE), WIDTH)

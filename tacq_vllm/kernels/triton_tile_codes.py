@@ -59,6 +59,25 @@ def unit_words(place, dtype):
 
 
 @triton.jit
+def in_register(word):
+    """The same word, which the compiler must not take to be a parameter of the kernel.
+
+    Before compute capability 9.0 an instruction that takes one from there has no place
+    for a mask: `strip_words` would take two.
+    """
+    # No multiprocessor has such a number.
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 none; mov.b32 none, %smid; shr.u32 none, none, 31;"
+        " or.b32 $0, $1, none;}",
+        "=r,r",
+        [word],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def strip_words(words, offset, NUMBER: tl.constexpr, BITS: tl.constexpr):
     """The values of a strip, two in a word: int32 [n, PART_WORDS].
 
@@ -78,33 +97,24 @@ def strip_words(words, offset, NUMBER: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def negative_zeros(grid, offset, PLACE: tl.constexpr):
-    """What takes codes at a place to 0 at their zero-points, two in a word."""
-    return (grid & 0xFFFF) * (0x00010001 << PLACE) + (offset | SIGNS)
+def negative_zeros(grid, offset, PLACE: tl.constexpr, X_TYPE: tl.constexpr):
+    """What takes codes at a place, times its unit, to 0 at their zero-points.
+
+    Two in a word, like codes. A zero-point has its place in the mantissa too, of a
+    number with the unit's exponent.
+    """
+    too_large = offset + (unit_words(PLACE, X_TYPE) - unit_words(0, X_TYPE)) | SIGNS
+    return (grid & 0xFFFF) * (0x00010001 << PLACE) + too_large
 
 
 @triton.jit
-def scale_pairs(grid, PLACE: tl.constexpr, DTYPE: tl.constexpr, X_TYPE: tl.constexpr):
-    """Scales of codes at a place, two in a word.
-
-    In float16 those under 2^-10 are subnormal by their unit, and lose bits.
-    """
+def scale_pairs(grid, DTYPE: tl.constexpr, X_TYPE: tl.constexpr):
+    """Scales in the type of x, two in a word."""
     if DTYPE == X_TYPE:
-        pairs = (grid & -0x10000) | (grid >> 16 & 0xFFFF)
+        return (grid & -0x10000) | (grid >> 16 & 0xFFFF)
     else:
         scales = high_half(grid, DTYPE).to(X_TYPE).to(tl.int16, bitcast=True)
-        pairs = (scales.to(tl.int32) & 0xFFFF) * 0x00010001
-    if PLACE > 0:
-        pairs = pair_fma(pairs, unit_words(PLACE, X_TYPE), SIGNS, X_TYPE)
-    return pairs
-
-
-@triton.jit
-def pair_weights(words, zeros, scales, X_TYPE: tl.constexpr):
-    """Weights of a strip, two in a word, rounded once to the type of x."""
-    ONE: tl.constexpr = unit_words(0, X_TYPE)
-    off_zero = pair_fma(words, ONE, zeros, X_TYPE)
-    return pair_fma(off_zero, scales, SIGNS, X_TYPE)
+        return (scales.to(tl.int32) & 0xFFFF) * 0x00010001
 
 
 @triton.jit
@@ -155,9 +165,16 @@ def groups_of_block(columns, group_size):
 
 
 @triton.constexpr_function
-def group_in_block(first, columns, group_size):
-    """Which of them a strip is in that begins with a block's column."""
-    return first // group_size if 0 < group_size < columns else 0
+def group_of_strip(strip, columns, group_size):
+    """Which of them a strip of a block is in."""
+    return strip * tiles.STRIP // group_size if 0 < group_size < columns else 0
+
+
+@triton.constexpr_function
+def ends_group(strip, columns, group_size):
+    """Whether a strip is the last one of its group in a block."""
+    end = (strip + 1) * tiles.STRIP
+    return end == columns or (group_size > 0 and end % group_size == 0)
 
 
 @triton.jit

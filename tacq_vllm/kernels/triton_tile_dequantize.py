@@ -4,13 +4,17 @@ import triton
 import triton.language as tl
 
 from tacq_vllm.kernels.triton_codes import high_half
-from tacq_vllm.kernels.triton_tile_blocks import code_places, load_block
+from tacq_vllm.kernels.triton_tile_blocks import (
+    code_places,
+    grid_places,
+    load_block,
+)
 from tacq_vllm.kernels.triton_tile_codes import (
     STRIP,
     block_columns,
     entry_columns,
     entry_rows,
-    group_in_block,
+    group_of_strip,
     offset_words,
     scales_and_zeros,
     strip_unit,
@@ -51,10 +55,10 @@ def tile_dequantize_kernel(
     rows = tl.minimum(rows, last_row - 1)
     code_ptr = code_places(qweight_ptr, rows[:, None], blocks, BITS)
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
-    grid_rows = grid_ptr + rows // GRID_ROWS * (groups * GRID_ROWS) + rows % GRID_ROWS
+    grid_rows = grid_places(grid_ptr, rows, groups, GRID_ROWS)
     words, grid = load_block(code_ptr, grid_rows, block, GROUP_SIZE, BITS, GRID_ROWS)
     for number in tl.static_range(COLUMNS // STRIP):
-        group = grid[group_in_block(number * STRIP, COLUMNS, GROUP_SIZE)]
+        group = grid[group_of_strip(number, COLUMNS, GROUP_SIZE)]
         scales, zeros = scales_and_zeros(group, DTYPE)
         unit = strip_unit(number, BITS)
         pairs = strip_words(words, offset_words(TYPE), number, BITS)

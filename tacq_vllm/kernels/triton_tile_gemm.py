@@ -10,22 +10,44 @@ their order, so that the same inputs give the same bits.
 import triton
 import triton.language as tl
 
+from tacq_vllm.kernels.triton_codes import high_half
 from tacq_vllm.kernels.triton_early import let_next_begin, wait_for_last
 from tacq_vllm.kernels.triton_tile_blocks import (
     code_places,
     deal,
+    deal_pairs,
     load_block,
     row_share,
-    strip_weights,
+    strip_codes,
 )
-from tacq_vllm.kernels.triton_tile_codes import STRIP, block_columns
-from tacq_vllm.kernels.triton_tile_kept import add_kept
+from tacq_vllm.kernels.triton_tile_codes import (
+    PART_WORDS,
+    STRIP,
+    block_columns,
+    ends_group,
+    group_of_strip,
+    in_register,
+    negative_zeros,
+    place_of_strip,
+)
+from tacq_vllm.kernels.triton_tile_kept import add_kept, load_segments
 from tacq_vllm.kernels.triton_tile_sums import (
     add_up,
     job_places,
     store,
     store_sums,
 )
+
+
+@triton.jit
+def spread(values, COUNT: tl.constexpr):
+    """Values [32, 2] of threads' rows, for COUNT columns of each: [16, 4 · COUNT].
+
+    Four threads that follow each other have the same row of either half, of words and
+    of sums: each already has the values of its own.
+    """
+    values = tl.broadcast_to(values.trans().reshape(16, 4, 1), (16, 4, COUNT))
+    return values.reshape(16, 4 * COUNT)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "splits", "jobs", "turns", "offset"])
@@ -77,14 +99,17 @@ def tile_gemm_kernel(
     """
     COLUMNS: tl.constexpr = block_columns(BITS)
     PARTS: tl.constexpr = TOKENS // 8
+    STEP: tl.constexpr = 2
     X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    offset = in_register(offset)
     if IS_EARLY:
         let_next_begin()
     turn = tl.program_id(1)
     eight = tl.arange(0, 8)
-    totals = ()
+    no_sums = ()
     for _ in tl.static_range(PARTS):
-        totals += (tl.zeros([ROWS, 8], tl.float32),)
+        no_sums += (tl.zeros([ROWS, 8], tl.float32),)
+    totals = no_sums
 
     if IS_SPLIT and turn >= turns:
         job = (turn - turns) * tl.num_programs(0) + tl.program_id(0)
@@ -95,10 +120,12 @@ def tile_gemm_kernel(
             first += number * JOB_SEGMENTS
             last = tl.load(starts_ptr + row_block + 1)
             last = tl.minimum(first + JOB_SEGMENTS, last)
+            kept = load_segments(columns_ptr, segments_ptr, first, last, STEP, SEGMENT)
             if IS_EARLY:
                 wait_for_last()
             totals = add_kept(
                 totals,
+                kept,
                 x_ptr,
                 columns_ptr,
                 segments_ptr,
@@ -107,6 +134,7 @@ def tile_gemm_kernel(
                 first,
                 last,
                 WIDTH,
+                STEP,
                 SEGMENT,
                 DTYPE,
             )
@@ -142,7 +170,8 @@ def tile_gemm_kernel(
     code_rows = tl.minimum(rows, out_features - 1)
     code_ptr = code_places(qweight_ptr, code_rows, blocks, BITS)
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
-    grid_rows = grid_ptr + row_block * groups * ROWS + tl.arange(0, ROWS)
+    grid_rows = grid_ptr + row_block * groups * ROWS
+    grid_rows += tl.arange(0, 32)[:, None] // 4 * 2 + tl.arange(0, 2)[None, :]
     strip_columns = tl.arange(0, STRIP)[None, :]
     x_starts = ()
     for part in tl.static_range(PARTS):
@@ -154,20 +183,27 @@ def tile_gemm_kernel(
     first_block = split * blocks // splits
     last_block = (split + 1) * blocks // splits
     words, grid = load_block(code_ptr, grid_rows, first_block, GROUP_SIZE, BITS, ROWS)
+    # Compilers would ask for it after what kept weights have to wait for.
+    tl.debug_barrier()
     start = tl.load(starts_ptr + row_block)
     own = tl.minimum(tl.load(starts_ptr + row_block + 1) - start, OWN_SEGMENTS)
+    first = start + own * split // splits
+    last = start + own * (split + 1) // splits
+    kept = load_segments(columns_ptr, segments_ptr, first, last, STEP, SEGMENT)
     if IS_EARLY:
         wait_for_last()
     totals = add_kept(
         totals,
+        kept,
         x_ptr,
         columns_ptr,
         segments_ptr,
         tokens,
         in_features,
-        start + own * split // splits,
-        start + own * (split + 1) // splits,
+        first,
+        last,
         WIDTH,
+        STEP,
         SEGMENT,
         DTYPE,
     )
@@ -177,18 +213,13 @@ def tile_gemm_kernel(
         next_words, next_grid = load_block(
             code_ptr, grid_rows, next_block, GROUP_SIZE, BITS, ROWS
         )
+        sums = no_sums
         for number in tl.static_range(COLUMNS // STRIP):
-            weights = strip_weights(
-                words,
-                grid,
-                offset,
-                number,
-                GROUP_SIZE,
-                BITS,
-                WIDTH,
-                DTYPE,
-                X_TYPE,
-            )
+            group = grid[group_of_strip(number, COLUMNS, GROUP_SIZE)]
+            zeros = negative_zeros(group, offset, place_of_strip(number, BITS), X_TYPE)
+            zeros = spread(zeros, PART_WORDS // 4)
+            codes = strip_codes(words, zeros, offset, number, BITS, X_TYPE)
+            codes = deal_pairs(codes, WIDTH, X_TYPE)
             columns = block * COLUMNS + number * STRIP
             added = ()
             for part in tl.static_range(PARTS):
@@ -197,8 +228,16 @@ def tile_gemm_kernel(
                     x = tl.load(x_starts[part] + columns, mask=is_column, other=0)
                 else:
                     x = tl.load(x_starts[part] + columns)
-                added += (tl.dot(weights, deal(x, WIDTH).trans(), totals[part]),)
-            totals = added
+                added += (tl.dot(codes, deal(x, WIDTH).trans(), sums[part]),)
+            sums = added
+            if ends_group(number, COLUMNS, GROUP_SIZE):
+                # Fewer sums than weights are to be scaled.
+                scales = spread(high_half(group, DTYPE), 2)
+                added = ()
+                for part in tl.static_range(PARTS):
+                    added += (tl.fma(sums[part], scales, totals[part]),)
+                totals = added
+                sums = no_sums
         words, grid = next_words, next_grid
 
     for part in tl.static_range(PARTS):

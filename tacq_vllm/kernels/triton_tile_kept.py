@@ -43,8 +43,32 @@ def gather(x_rows, words, panel):
 
 
 @triton.jit
+def load_segments(
+    columns_ptr, segments_ptr, start, last, STEP: tl.constexpr, SEGMENT: tl.constexpr
+):
+    """Load STEP segments, for `add_kept`: of each both halves' words, and its panel.
+
+    Words are int32 [8, SEGMENT / 2]; those of segments from `last` on are 0.
+    """
+    # Every row's thread loads the same ones.
+    zeros = tl.arange(0, 8)[:, None] * 0
+    entries = zeros + tl.arange(0, SEGMENT // 2)[None, :]
+    loaded = ()
+    for number in tl.static_range(STEP):
+        segment = start + number
+        is_segment = zeros + segment < last
+        places = segments_ptr + segment * SEGMENT + entries
+        words = tl.load(places, mask=is_segment, other=0)
+        next_words = tl.load(places + SEGMENT // 2, mask=is_segment, other=0)
+        panel = tl.load(columns_ptr + segment, mask=segment < last, other=0)
+        loaded += (words, next_words, panel)
+    return loaded
+
+
+@triton.jit
 def add_kept(
     totals,
+    kept,
     x_ptr,
     columns_ptr,
     segments_ptr,
@@ -53,23 +77,23 @@ def add_kept(
     first,
     last,
     WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
     SEGMENT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Add kept weights of segments times x to sums, [16, 8] for eight tokens each."""
+    """Add kept weights of segments times x to sums, [16, 8] for eight tokens each.
+
+    `kept` are the first of them, from `load_segments`.
+    """
     X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
-    STEP: tl.constexpr = 2
-    # Every row's thread loads the same ones.
-    zeros = tl.arange(0, 8)[:, None] * 0
-    entries = zeros + tl.arange(0, SEGMENT // 2)[None, :]
     for start in range(first, last, STEP):
+        # The next segments are asked for before these are multiplied.
+        next_kept = load_segments(
+            columns_ptr, segments_ptr, start + STEP, last, STEP, SEGMENT
+        )
         for number in tl.static_range(STEP):
-            segment = start + number
-            is_segment = zeros + segment < last
-            places = segments_ptr + segment * SEGMENT + entries
-            words = tl.load(places, mask=is_segment, other=0)
-            next_words = tl.load(places + SEGMENT // 2, mask=is_segment, other=0)
-            panel = tl.load(columns_ptr + tl.minimum(segment, last - 1))
+            words, next_words = kept[3 * number], kept[3 * number + 1]
+            panel = kept[3 * number + 2]
             weights = deal_halves(
                 kept_rows(words, DTYPE), kept_rows(next_words, DTYPE), WIDTH
             )
@@ -92,6 +116,7 @@ def add_kept(
                     total = tl.dot(weights, x, total, input_precision="tf32x3")
                 added += (total,)
             totals = added
+        kept = next_kept
     return totals
 
 

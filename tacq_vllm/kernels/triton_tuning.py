@@ -108,7 +108,7 @@ TUNING = Tuning(
     programs=256,
     tiled_gemm=(
         TiledGemm(tokens=8, warps=16, registers=128),
-        TiledGemm(tokens=16, warps=16, registers=128),
+        TiledGemm(tokens=16, warps=12, registers=168),
     ),
     tiled_batch=(
         TiledBatch(tokens=64, warps=4, programs=3, registers=168),

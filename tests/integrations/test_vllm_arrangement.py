@@ -43,8 +43,8 @@ def test_weights_may_be_held_in_another_order(monkeypatch, bits):
     assert "outliers" not in held
     stacked = [packed[name].scales for name in ("mlp.gate_proj", "mlp.up_proj")]
     scales = held["grid"].bitwise_right_shift(16).to(torch.int16)
-    expected = torch.cat(stacked).view(torch.int16).view(-1, ROWS, 512 // 64)
-    assert torch.equal(scales, expected.transpose(1, 2))
+    expected = torch.cat(stacked).view(torch.int16).view(-1, 2, ROWS // 2, 512 // 64)
+    assert torch.equal(scales, expected.permute(0, 3, 2, 1))
     assert held["segment_starts"].numel() == 17
     method.process_weights_after_loading(layer)
     with torch.device("meta"):

@@ -104,6 +104,19 @@ def test_groups_larger_than_a_block(bits: int) -> None:
         assert_is_product(multiply(x, packed), x, dense)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_small_scales_keep_their_bits(bits: int) -> None:
+    """Those of float16, which are subnormal a few places further."""
+    packed, dense = random_linear(bits, 20, 1024, 64, 0, torch.float16, 4)
+    packed = replace(packed, scales=packed.scales * 2**-7)
+
+    for tokens in EVERY_WAY:
+        x = random_input(tokens, 1024, dtype=torch.float16)
+        expected = x.double() @ dense.T
+        error = multiply(x * 2**7, packed).double() - expected
+        assert error.norm() < 5e-4 * expected.norm()
+
+
 def test_as_many_tiles_of_tokens_as_there_are() -> None:
     packed, dense = random_linear(3, 20, 1024, 64, 0.01, torch.bfloat16, 11)
     x = random_input(256, 1024, dtype=torch.bfloat16)
