@@ -48,8 +48,7 @@ def clusters_dense(
             ROWS=tile.rows,
             HALVES=tile.columns // HALF,
             ENTRIES=tile.entries,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
         )
         return out
 
@@ -78,8 +77,7 @@ def _gemv(
         TOKENS=triton.next_power_of_2(tokens),
         HALVES=tile.columns // HALF,
         ENTRIES=tile.entries,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return out
 

@@ -71,8 +71,7 @@ def _gemv(
         ROWS=tile.rows,
         WORDS=words,
         ENTRIES=tile.entries,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return out
 
@@ -114,8 +113,7 @@ def _gemm(
         WORDS=words,
         ENTRIES=tile.entries,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     if splits == 1:
         return out[0]
@@ -142,8 +140,7 @@ def _dequantize(
         ROWS=tile.rows,
         WORDS=words,
         ENTRIES=tile.entries,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return out
 

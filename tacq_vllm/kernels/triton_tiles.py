@@ -146,9 +146,7 @@ def _gemm(
         JOB_SEGMENTS=JOB_SEGMENTS,
         DTYPE=_DTYPES[tiled.dtype],
         IS_EARLY=is_early,
-        num_warps=1,
-        num_stages=1,
-        maxnreg=shape.registers,
+        **shape.options,
         **({"launch_pdl": True} if is_early else {}),
     )
     return out
@@ -177,6 +175,7 @@ def _batch(
         columns,
         TOKENS=shape.tokens,
         COLUMNS=TRANSPOSE_COLUMNS,
+        **shape.options,
     )
     turns = triton.cdiv(row_blocks, places // splits)
     tile_batch_kernel[places, turns, token_blocks](
@@ -205,9 +204,7 @@ def _batch(
         COUNTERS=TOKEN_BLOCKS,
         SEGMENT=SEGMENT,
         DTYPE=_DTYPES[tiled.dtype],
-        num_warps=shape.warps,
-        num_stages=1,
-        maxnreg=shape.registers,
+        **shape.options,
     )
     return out
 
@@ -232,7 +229,7 @@ def _dequantize(
         GRID_ROWS=ROWS,
         ROWS=shape.rows,
         DTYPE=_DTYPES[tiled.dtype],
-        num_warps=shape.warps,
+        **shape.options,
     )
     add_kept_kernel[triton.cdiv(stop - start, ROWS), shape.sharers](
         *_kept(tiled),
@@ -244,7 +241,7 @@ def _dequantize(
         SEGMENTS=shape.segments,
         SEGMENT=SEGMENT,
         DTYPE=_DTYPES[tiled.dtype],
-        num_warps=shape.warps,
+        **shape.options,
     )
     return out
 

@@ -8,6 +8,10 @@ and later. None takes more than the 99 KB of shared memory that other GPUs have.
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
+
+_ALWAYS = {"enable_fp_fusion": True}
+"""Products and sums are fused, which Triton 3.10 leaves to whoever launches."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,11 @@ class Tile:
     entries: int = 32
     """Kept weights in one step."""
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a kernel is launched with."""
+        return _ALWAYS | {"num_warps": self.warps, "num_stages": self.stages}
+
 
 @dataclass(frozen=True)
 class TiledDequantize:
@@ -34,6 +43,11 @@ class TiledDequantize:
     """Segments of kept weights in one step."""
     sharers: int
     """Programs that share the kept weights of some rows."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a kernel is launched with."""
+        return _ALWAYS | {"num_warps": self.warps}
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,11 @@ class TiledGemm:
     be fewer."""
     registers: int
     """Of a thread, at most."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a kernel is launched with."""
+        return _ALWAYS | {"num_warps": 1, "num_stages": 1, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,15 @@ class TiledBatch:
     be fewer."""
     registers: int
     """Of a thread, at most."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a kernel is launched with."""
+        return _ALWAYS | {
+            "num_warps": self.warps,
+            "num_stages": 1,
+            "maxnreg": self.registers,
+        }
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,7 @@ from tacq_vllm.kernels.triton_tile_dequantize import (
 )
 from tacq_vllm.kernels.triton_tile_gemm import tile_gemm_kernel
 from tacq_vllm.kernels.triton_tiles import BATCH_STEP, TRANSPOSE_COLUMNS, operand_width
-from tacq_vllm.kernels.triton_tuning import (
-    Tile,
-    TiledBatch,
-    TiledGemm,
-    Tuning,
-    tuning_for,
-)
+from tacq_vllm.kernels.triton_tuning import Tile, Tuning, tuning_for
 
 WORDS = "*i32"
 SHARED_BYTES = {
@@ -55,8 +49,8 @@ SHARED_BYTES = {
     120: 99 << 10,
 }
 """Shared memory that a program may have, by compute capability."""
-EXCHANGES = {tile_gemm_kernel: 60, tile_batch_kernel: 0}
-"""Between threads: around the loop at most, in which codes would take 100 and more."""
+EXCHANGES = {tile_gemm_kernel: 12, tile_batch_kernel: 0}
+"""Between threads: around the loops at most, in which each product would take some."""
 
 
 def plane_kernels(
@@ -144,11 +138,7 @@ def compile_kernel(
         if signature[name].startswith("*") or name.endswith("_features")
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    warps = 1 if isinstance(tile, TiledGemm) else tile.warps
-    options = {"num_stages": getattr(tile, "stages", 1), "num_warps": warps}
-    if isinstance(tile, TiledGemm | TiledBatch):
-        options["maxnreg"] = tile.registers
-        options["launch_pdl"] = is_early
+    options = tile.options | {"launch_pdl": is_early}
     compiled = triton.compile(source, target=target, options=options)
     assert compiled.metadata.shared <= SHARED_BYTES[target.arch], (
         f"{kernel.__name__} {tile}: {compiled.metadata.shared} bytes shared"
