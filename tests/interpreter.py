@@ -64,14 +64,21 @@ class _Results(list[Any]):
 def _run_assembly(
     builder: Any, asm: str, constraints: str, values: list[Any], *rest: Any
 ) -> _Results:
-    """What kernels have in PTX: a · b + c of halves of words, and `in_register`."""
+    """What kernels have in PTX.
+
+    That is a · b + c of halves of words, `in_register`, and `high_pairs`.
+    """
     from triton.runtime.interpreter import TensorHandle
 
     if "%smid" in asm:
         return _Results(values)
-    name = asm.split()[0]
-    dtype = {"fma.rn.bf16x2": torch.bfloat16, "fma.rn.f16x2": torch.float16}[name]
-    words = (torch.tensor(value.data).view(torch.int32) for value in values)
-    a, b, c = (pair.view(dtype).double() for pair in words)
-    result = (a * b + c).to(dtype).view(torch.int32)
+    words = [torch.tensor(value.data).view(torch.int32) for value in values]
+    if asm == "prmt.b32 $0, $1, $2, 0x7632;":
+        first, second = words
+        result = first >> 16 & 0xFFFF | second & -0x10000
+    else:
+        name = asm.split()[0]
+        dtype = {"fma.rn.bf16x2": torch.bfloat16, "fma.rn.f16x2": torch.float16}[name]
+        a, b, c = (pair.view(dtype).double() for pair in words)
+        result = (a * b + c).to(dtype).view(torch.int32)
     return _Results([TensorHandle(result.numpy(), values[0].dtype)])

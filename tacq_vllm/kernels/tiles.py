@@ -75,8 +75,8 @@ class TiledLinear:
     segment_columns: Tensor
     """int32 [segments]: columns before the first one of a segment's panel."""
     segments: Tensor
-    """int32 [segments, SEGMENT]: a value's 16 bits, the column in its panel in 12 and
-    the row among ROWS in 4; what rows leave over is 0, which adds nothing."""
+    """int32 [segments, SEGMENT]: a value's 16 bits, the row among ROWS in 4 and the
+    column in its panel in 12; what rows leave over is 0, which adds nothing."""
     job_starts: Tensor
     """int32 [out / ROWS + 1]: the first of the jobs that rows have for other programs,
     JOB_SEGMENTS of what is over OWN_SEGMENTS each, and the end."""

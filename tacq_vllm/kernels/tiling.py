@@ -182,7 +182,7 @@ def _fill_segments(
     ends = needed.cumsum(0)
     firsts = (ends - needed) * SEGMENT - (counts.cumsum(0) - counts)
     places = torch.arange(len(owners), device=table.device) + firsts[owners]
-    words = (entries[order] >> 16 << 16) | keys % (PANEL * ROWS)
+    words = (entries[order] >> 16 << 16) | keys % ROWS * PANEL | keys // ROWS % PANEL
     segments = table.new_zeros(int(ends[-1]), SEGMENT)
     segments.view(-1)[places] = words.to(torch.int32)
     first_columns = torch.arange(panels, device=table.device) * PANEL
@@ -200,8 +200,8 @@ def _collect_kept(tiled: TiledLinear) -> Outliers:
     # looks like it, but is at a segment's beginning.
     is_kept = words != 0
     is_kept[:, 0] = True
-    rows = (blocks * ROWS + (words & 0xF))[is_kept]
-    columns = (tiled.segment_columns[:, None] + ((words & 0xFFFF) >> 4))[is_kept]
+    rows = (blocks * ROWS + words // PANEL % ROWS)[is_kept]
+    columns = (tiled.segment_columns[:, None] + words % PANEL)[is_kept]
     order = (rows * tiled.in_features + columns).argsort()
     values = (words[is_kept] >> 16).to(torch.int16).view(tiled.dtype)
     return outliers_of_rows(

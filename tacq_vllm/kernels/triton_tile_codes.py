@@ -111,7 +111,7 @@ def negative_zeros(grid, offset, PLACE: tl.constexpr, X_TYPE: tl.constexpr):
 def scale_pairs(grid, DTYPE: tl.constexpr, X_TYPE: tl.constexpr):
     """Scales in the type of x, two in a word."""
     if DTYPE == X_TYPE:
-        return (grid & -0x10000) | (grid >> 16 & 0xFFFF)
+        return high_pairs(grid, grid)
     else:
         scales = high_half(grid, DTYPE).to(X_TYPE).to(tl.int16, bitcast=True)
         return (scales.to(tl.int32) & 0xFFFF) * 0x00010001
@@ -127,6 +127,19 @@ def pair_fma(a, b, c, X_TYPE: tl.constexpr):
     )
     return tl.inline_asm_elementwise(
         ASSEMBLY, "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def high_pairs(first, second):
+    """The high halves of two words as one word."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x7632;",
+        "=r,r,r",
+        [first, second],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
     )
 
 
@@ -180,10 +193,17 @@ def ends_group(strip, columns, group_size):
 @triton.jit
 def entry_rows(words):
     """Rows of kept weights, among those that lie together."""
-    return words & 0xF
+    return words >> 12 & 0xF
+
+
+@triton.jit
+def is_in_row(words, rows):
+    """Whether kept weights are in rows among those that lie together."""
+    # Words are not shifted, unlike by `entry_rows`.
+    return (words & 0xF000) == rows << 12
 
 
 @triton.jit
 def entry_columns(words, panels):
     """Columns of kept weights in panels, which begin after that many columns."""
-    return panels + ((words & 0xFFFF) >> 4)
+    return panels + (words & 0xFFF)

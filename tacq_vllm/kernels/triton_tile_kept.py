@@ -8,58 +8,64 @@ import triton
 import triton.language as tl
 
 from tacq_vllm.kernels.triton_codes import high_half
-from tacq_vllm.kernels.triton_tile_codes import entry_columns, entry_rows
+from tacq_vllm.kernels.triton_tile_blocks import deal, deal_pairs
+from tacq_vllm.kernels.triton_tile_codes import (
+    entry_columns,
+    entry_rows,
+    high_pairs,
+    is_in_row,
+)
 
 
 @triton.jit
-def deal_halves(first, second, WIDTH: tl.constexpr):
-    """What `triton_tile_blocks.deal` makes of columns [n, 16] and the next 16."""
-    both = tl.join(
-        first.reshape(first.shape[0], 4, 2, 2), second.reshape(first.shape[0], 4, 2, 2)
-    )
-    both = both.permute((0, 4, 2, 1, 3) if WIDTH == 2 else (0, 4, 1, 2, 3))
-    return both.reshape(first.shape[0], 32)
-
-
-@triton.jit
-def kept_rows(words, DTYPE: tl.constexpr):
-    """Kept weights, [8, n] that are all alike, in the rows they are of: [16, n]."""
-    owners, values = entry_rows(words), high_half(words, DTYPE)
+def kept_rows(words):
+    """Kept weights, [8, n] of which each row is the same, in their rows: [16, n]."""
     rows = tl.arange(0, 8)[:, None]
-    first = tl.where(owners == rows, values, 0)
-    second = tl.where(owners == rows + 8, values, 0)
+    first = tl.where(is_in_row(words, rows), words, 0)
+    second = tl.where(is_in_row(words, rows + 8), words, 0)
     return tl.join(first, second).permute(2, 0, 1).reshape(16, words.shape[1])
 
 
 @triton.jit
-def gather(x_rows, words, panel):
-    """Load x [8, 16] of tokens that begin at `x_rows` [1, 8, 1], at entries' columns.
+def side_by_side(first, second):
+    """Values [n, w] of threads and w more of each: [n, 2 · w]."""
+    values = tl.join(first, second).permute(0, 2, 1)
+    return values.reshape(first.shape[0], 2 * first.shape[1])
 
-    It is loaded as [4, 8, 4]: that is how Triton comes to give a thread the x of those
-    entries that it has.
+
+@triton.jit
+def gather(x_rows, columns):
+    """Load x [32, 4] at columns, of rows that begin at `x_rows` [32].
+
+    A thread has one of the rows. It loads number by number, so that Triton does not
+    give them to other threads.
     """
-    columns = entry_columns(words, panel).reshape(8, 4, 4).permute(1, 0, 2)
-    return tl.load(x_rows + columns).permute(1, 0, 2).reshape(8, 16)
+    even, odd = columns.reshape(32, 2, 2).split()
+    first, third = even.split()
+    second, fourth = odd.split()
+    even = tl.join(tl.load(x_rows + first), tl.load(x_rows + third))
+    odd = tl.join(tl.load(x_rows + second), tl.load(x_rows + fourth))
+    return tl.join(even, odd).reshape(32, 4)
 
 
 @triton.jit
 def load_segments(
     columns_ptr, segments_ptr, start, last, STEP: tl.constexpr, SEGMENT: tl.constexpr
 ):
-    """Load STEP segments, for `add_kept`: of each both halves' words, and its panel.
+    """Load STEP segments, for `add_kept`: of each its words, in halves, and its panel.
 
-    Words are int32 [8, SEGMENT / 2]; those of segments from `last` on are 0.
+    Words are int32 [32, 4]: of the 32 threads four that follow each other have a whole
+    segment. Words of segments from `last` on are 0.
     """
-    # Every row's thread loads the same ones.
-    zeros = tl.arange(0, 8)[:, None] * 0
-    entries = zeros + tl.arange(0, SEGMENT // 2)[None, :]
+    threads = tl.arange(0, 32)[:, None]
+    entries = threads % 4 * 8 + tl.arange(0, 4)[None, :]
     loaded = ()
     for number in tl.static_range(STEP):
         segment = start + number
-        is_segment = zeros + segment < last
+        is_segment = threads * 0 + segment < last
         places = segments_ptr + segment * SEGMENT + entries
         words = tl.load(places, mask=is_segment, other=0)
-        next_words = tl.load(places + SEGMENT // 2, mask=is_segment, other=0)
+        next_words = tl.load(places + 4, mask=is_segment, other=0)
         panel = tl.load(columns_ptr + segment, mask=segment < last, other=0)
         loaded += (words, next_words, panel)
     return loaded
@@ -86,6 +92,8 @@ def add_kept(
     `kept` are the first of them, from `load_segments`.
     """
     X_TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    # Of `deal`: of the same type in every version of Triton, unlike for codes.
+    KEPT_WIDTH: tl.constexpr = 4 if DTYPE == X_TYPE else WIDTH
     for start in range(first, last, STEP):
         # The next segments are asked for before these are multiplied.
         next_kept = load_segments(
@@ -94,24 +102,24 @@ def add_kept(
         for number in tl.static_range(STEP):
             words, next_words = kept[3 * number], kept[3 * number + 1]
             panel = kept[3 * number + 2]
-            weights = deal_halves(
-                kept_rows(words, DTYPE), kept_rows(next_words, DTYPE), WIDTH
-            )
+            rows = kept_rows(side_by_side(words, next_words).reshape(8, SEGMENT))
             added = ()
             for part in tl.static_range(len(totals)):
-                token = part * 8 + tl.arange(0, 8)
-                x_rows = x_ptr + tl.minimum(token, tokens - 1) * in_features
-                x_rows = x_rows[None, :, None]
-                x = deal_halves(
-                    gather(x_rows, words, panel),
-                    gather(x_rows, next_words, panel),
-                    WIDTH,
-                ).trans()
+                token = tl.minimum(part * 8 + tl.arange(0, 32) // 4, tokens - 1)
+                x_rows = x_ptr + token * in_features + panel
+                x = side_by_side(
+                    gather(x_rows, entry_columns(words, 0)),
+                    gather(x_rows, entry_columns(next_words, 0)),
+                )
+                x = deal(x.reshape(8, SEGMENT), KEPT_WIDTH).trans()
                 # Which of them are in which row, as a product that loses nothing.
                 total = totals[part]
                 if DTYPE == X_TYPE:
-                    total = tl.dot(weights.to(X_TYPE), x, total)
+                    even, odd = rows.reshape(16, SEGMENT // 2, 2).split()
+                    weights = deal_pairs(high_pairs(even, odd), KEPT_WIDTH, X_TYPE)
+                    total = tl.dot(weights, x, total)
                 else:
+                    weights = deal(high_half(rows, DTYPE), KEPT_WIDTH)
                     x = x.to(tl.float32)
                     total = tl.dot(weights, x, total, input_precision="tf32x3")
                 added += (total,)

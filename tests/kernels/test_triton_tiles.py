@@ -206,8 +206,8 @@ def test_kept_weights_lie_together_by_columns() -> None:
     counts = tiled.segment_starts.diff()
     blocks = torch.arange(len(counts)).repeat_interleave(counts)
     words = tiled.segments
-    columns = tiled.segment_columns[:, None] + ((words & 0xFFFF) >> 4)
-    rows = blocks[:, None] * ROWS + (words & 0xF)
+    columns = tiled.segment_columns[:, None] + (words & 0xFFF)
+    rows = blocks[:, None] * ROWS + (words >> 12 & 0xF)
     values = (words >> 16).to(torch.int16).view(torch.bfloat16)
 
     kept = torch.zeros(3 * ROWS, 6144, dtype=torch.bfloat16)
