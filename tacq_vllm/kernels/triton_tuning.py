@@ -1,9 +1,10 @@
 """Sizes of the Triton kernels' tiles.
 
 They are fixed: nothing is tried out while a server starts or captures CUDA graphs. For
-tiled weights they are the best of some that were tried on an H100, for others what
-arithmetic and the compiled code suggest for data-center GPUs of compute capability 8.0
-and later. None takes more than the 99 KB of shared memory that other GPUs have.
+tiled weights and up to 8 tokens, or very many, they are the best of some that were
+tried on an H100, for others what arithmetic and the compiled code suggest for
+data-center GPUs of compute capability 8.0 and later. None takes more than the 99 KB of
+shared memory that other GPUs have.
 """
 
 import functools
