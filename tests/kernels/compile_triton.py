@@ -49,8 +49,12 @@ SHARED_BYTES = {
     120: 99 << 10,
 }
 """Shared memory that a program may have, by compute capability."""
-EXCHANGES = {tile_gemm_kernel: 12, tile_batch_kernel: 0}
-"""Between threads: around the loops at most, in which each product would take some."""
+EXCHANGES = {
+    tile_gemm_kernel: (("shfl.sync", "st.shared", "stmatrix"), 56),
+    tile_batch_kernel: (("shfl.sync",), 0),
+}
+"""How threads give each other numbers, and how often they do at most: around the loops,
+in which each product would take some. Those of a batch share x, and no more."""
 
 
 def plane_kernels(
@@ -144,8 +148,9 @@ def compile_kernel(
         f"{kernel.__name__} {tile}: {compiled.metadata.shared} bytes shared"
     )
     if kernel in EXCHANGES:
-        count = compiled.asm["ptx"].count("shfl.sync")
-        assert count <= EXCHANGES[kernel], f"{tile}: {count} exchanges between threads"
+        instructions, most = EXCHANGES[kernel]
+        count = sum(compiled.asm["ptx"].count(name) for name in instructions)
+        assert count <= most, f"{tile}: {count} exchanges between threads"
     print(kernel.__name__, x, constants, flush=True)
 
 
