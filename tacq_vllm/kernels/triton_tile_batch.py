@@ -25,9 +25,7 @@ from tacq_vllm.kernels.triton_tile_codes import (
     block_columns,
     group_of_strip,
     in_register,
-    negative_zeros,
     pair_fma,
-    place_of_strip,
     scale_pairs,
 )
 from tacq_vllm.kernels.triton_tile_kept import add_kept_of_blocks
@@ -165,8 +163,7 @@ def tile_batch_kernel(
                 columns = next_block * COLUMNS
             next_x = tl.load(x_rows + columns * TOKENS)
             group = grid[group_of_strip(number, COLUMNS, GROUP_SIZE)][:, None]
-            zeros = negative_zeros(group, offset, place_of_strip(number, BITS), X_TYPE)
-            codes = strip_codes(words, zeros, offset, number, BITS, X_TYPE)
+            codes = strip_codes(words, group, offset, number, BITS, X_TYPE)
             scales = scale_pairs(group, DTYPE, X_TYPE)
             # Rounded once, to the type of x.
             weights = pair_fma(codes, scales, SIGNS, X_TYPE)

@@ -9,6 +9,7 @@ from tacq_vllm.kernels.triton_tile_codes import (
     block_words,
     first_group,
     groups_of_block,
+    negative_zeros,
     pair_fma,
     place_of_strip,
     strip_words,
@@ -99,14 +100,15 @@ def load_block(
 
 @triton.jit
 def strip_codes(
-    words, zeros, offset, NUMBER: tl.constexpr, BITS: tl.constexpr, X_TYPE: tl.constexpr
+    words, group, offset, NUMBER: tl.constexpr, BITS: tl.constexpr, X_TYPE: tl.constexpr
 ):
     """Codes of a strip less their zero-points, exact, two in a word: [n, PART_WORDS].
 
-    `words` are of the whole block, `zeros` are `negative_zeros` at the strip's place,
-    `offset` is `offset_words`.
+    `words` are of the whole block, `group` is the grid of the strip's group, [n, 1] or
+    for each word, `offset` is `offset_words`.
     """
     PLACE: tl.constexpr = place_of_strip(NUMBER, BITS)
+    zeros = negative_zeros(group, offset, PLACE, X_TYPE)
     pairs = strip_words(words, offset, NUMBER, BITS)
     return pair_fma(pairs, unit_words(PLACE, X_TYPE), zeros, X_TYPE)
 

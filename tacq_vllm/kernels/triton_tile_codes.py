@@ -204,6 +204,6 @@ def is_in_row(words, rows):
 
 
 @triton.jit
-def entry_columns(words, panels):
-    """Columns of kept weights in panels, which begin after that many columns."""
-    return panels + (words & 0xFFF)
+def entry_columns(words):
+    """Columns of kept weights in their panels."""
+    return words & 0xFFF

@@ -104,7 +104,7 @@ def add_kept_kernel(
         words = tl.load(segments_ptr + places, mask=is_segment[:, None], other=0)
         rows = tl.program_id(0) * ROWS + entry_rows(words)
         values = high_half(words, DTYPE)
-        places = rows.to(tl.int64) * in_features + entry_columns(words, panels)
+        places = rows.to(tl.int64) * in_features + panels + entry_columns(words)
         is_kept = (values != 0) & (rows < last_row - first_row)
         weight = (
             tl.load(out_ptr + places, mask=is_kept, other=0).to(tl.float32) + values

@@ -27,8 +27,6 @@ from tacq_vllm.kernels.triton_tile_codes import (
     ends_group,
     group_of_strip,
     in_register,
-    negative_zeros,
-    place_of_strip,
 )
 from tacq_vllm.kernels.triton_tile_kept import add_kept, load_segments
 from tacq_vllm.kernels.triton_tile_sums import (
@@ -170,6 +168,7 @@ def tile_gemm_kernel(
     code_rows = tl.minimum(rows, out_features - 1)
     code_ptr = code_places(qweight_ptr, code_rows, blocks, BITS)
     groups = blocks * COLUMNS // GROUP_SIZE if GROUP_SIZE > 0 else 1
+    # A thread has a row of either half: their scales are neighbours.
     grid_rows = grid_ptr + row_block * groups * ROWS
     grid_rows += tl.arange(0, 32)[:, None] // 4 * 2 + tl.arange(0, 2)[None, :]
     strip_columns = tl.arange(0, STRIP)[None, :]
@@ -216,9 +215,8 @@ def tile_gemm_kernel(
         sums = no_sums
         for number in tl.static_range(COLUMNS // STRIP):
             group = grid[group_of_strip(number, COLUMNS, GROUP_SIZE)]
-            zeros = negative_zeros(group, offset, place_of_strip(number, BITS), X_TYPE)
-            zeros = spread(zeros, PART_WORDS // 4)
-            codes = strip_codes(words, zeros, offset, number, BITS, X_TYPE)
+            of_words = spread(group, PART_WORDS // 4)
+            codes = strip_codes(words, of_words, offset, number, BITS, X_TYPE)
             codes = deal_pairs(codes, WIDTH, X_TYPE)
             columns = block * COLUMNS + number * STRIP
             added = ()

@@ -108,8 +108,8 @@ def add_kept(
                 token = tl.minimum(part * 8 + tl.arange(0, 32) // 4, tokens - 1)
                 x_rows = x_ptr + token * in_features + panel
                 x = side_by_side(
-                    gather(x_rows, entry_columns(words, 0)),
-                    gather(x_rows, entry_columns(next_words, 0)),
+                    gather(x_rows, entry_columns(words)),
+                    gather(x_rows, entry_columns(next_words)),
                 )
                 x = deal(x.reshape(8, SEGMENT), KEPT_WIDTH).trans()
                 # Which of them are in which row, as a product that loses nothing.
@@ -186,7 +186,8 @@ def add_kept_of_blocks(
             owners += (numbers >= start).to(tl.int32) * 16
         values = high_half(words, DTYPE)
         weights = tl.where(rows == owners[None, :], values[None, :], 0)
-        x = tl.load(x_ptr + entry_columns(words, panels)[:, None] * TOKENS)
+        columns = panels + entry_columns(words)
+        x = tl.load(x_ptr + columns[:, None] * TOKENS)
         if DTYPE == X_TYPE:
             total = tl.dot(weights.to(X_TYPE), x, total)
         else:
