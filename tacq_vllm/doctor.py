@@ -18,7 +18,7 @@ from tacq_vllm.format.stored import StoredLinear
 from tacq_vllm.kernels.ops import kernel_name
 from tacq_vllm.quantize.errors import first_line
 
-_CPU_FEATURES = ("avx2", "avx512bw", "avx512vnni", "amx-int8")
+_CPU_FEATURES = ("avx2", "avx512bw", "avx512vnni", "amx-bf16")
 _OF_CUDA = ("torchvision", "torchaudio", "torchcodec")
 _PLUGIN = "tacq"
 _PLUGIN_GROUP = "vllm.general_plugins"

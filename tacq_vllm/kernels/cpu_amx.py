@@ -1,150 +1,93 @@
-"""LLVM code of the product of a few panels and tiles of tokens, by Intel's AMX.
+"""The linear on a processor with Intel's AMX, for more than a few tokens.
 
-A tile register holds 16 rows of 64 bytes. The products of a block of 16 tokens and a
-panel are one instruction; what is around it scales and adds up integers.
+Weights, the kept ones among them, are unpacked to bfloat16, a few rows and columns at a
+time, and multiplied with x in tile registers, which add up in float32. Weights are
+rounded, and x if it is in float16.
 """
 
 import functools
-import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from llvmlite import binding, ir
-from numba.core import cgutils
-from numba.extending import intrinsic
+from llvmlite import binding
+from torch import Tensor
 
-from tacq_vllm.kernels.cpu_ir import (
-    F32,
-    FLOATS,
-    I8,
-    I64,
-    WORDS,
-    at,
-    call,
-    multiply_add,
-    put,
-    same,
-    splat,
-)
-from tacq_vllm.kernels.cpu_panels import PANELS, ROWS, Panels
-from tacq_vllm.kernels.cpu_tile_dots import PRODUCT_TYPE
-from tacq_vllm.kernels.cpu_token_tiles import SUMS_BYTES, TOKENS
+from tacq_vllm.kernels.cpu_amx_gemm import compile_gemm
+from tacq_vllm.kernels.cpu_amx_tokens import BLOCK_CHUNKS, AmxTokens
+from tacq_vllm.kernels.cpu_amx_weight import AmxWeight
+from tacq_vllm.kernels.cpu_chunks import ChunkReader
+from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows, WeightKind
+from tacq_vllm.kernels.openmp import get_openmp
 
-BIAS = 0
-"""What weights must have added."""
-
-_NOTHING = ir.VoidType()
-_X = 0
-_WEIGHTS = (1, 2, 3)
-_PRODUCTS = (4, 5, 6)
-"""Numbers of tile registers."""
+_FEATURES = ("amx-bf16", "avx512bf16")
 
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether the processor has AMX for bytes, and the system lets this process use it.
+    """Whether the processor has AMX for bfloat16, and the system lets us use it.
 
     The process asks for that once; its other threads may use it then, too.
     """
     features = binding.get_host_cpu_features()
-    return bool(features.get("amx-int8")) and bool(torch.cpu._init_amx())
+    return all(map(features.get, _FEATURES)) and bool(torch.cpu._init_amx())
 
 
-def amx_product(panels: Panels) -> Any:
-    """Intrinsic of `PRODUCT_TYPE`."""
-    layout = _layout(panels.block)
+def amx_linear(x: Tensor, weight: CpuWeight) -> Tensor:
+    """Multiply x [tokens, columns], contiguous, with the weight: [tokens, out].
 
-    @intrinsic
-    def multiply(typing_context, lines, tile, stride, tokens, count, first, sums):
-        def codegen(context, builder, signature, arguments):
-            lines, tile = (
-                cgutils.unpack_tuple(builder, value) for value in arguments[:2]
-            )
-            codes, scales, _ = tile
-            stride, tokens, count, first, sums = arguments[2:]
-            whole = builder.add(tokens, I64(TOKENS - 1))
-            tiles = builder.udiv(whole, I64(TOKENS))
-            size = PANELS * SUMS_BYTES
-            with builder.goto_entry_block():
-                scratch = builder.alloca(I8, size)
-                scratch.align = 64
-            products = builder.ptrtoint(scratch, I64)
-            begins = builder.icmp_unsigned("==", first, I64(0))
-            with builder.if_then(begins):
-                vectors = builder.mul(tiles, I64(size // 64))
-                with cgutils.for_range(builder, vectors, intp=I64) as vector:
-                    place = builder.mul(vector.index, I64(64))
-                    put(builder, builder.add(sums, place), same(FLOATS, 0))
-            _configure(builder, layout)
-            with cgutils.for_range(builder, count, intp=I64) as block:
-                offset = builder.mul(block.index, I64(panels.block_bytes))
-                places = [builder.add(line, offset) for line in lines]
-                for register, place in zip(_WEIGHTS, places, strict=True):
-                    _load(builder, register, place, 64)
-                weight_scales = [
-                    at(builder, place, I64(panels.words), FLOATS) for place in places
-                ]
-                with cgutils.for_range(builder, tiles, intp=I64) as tile:
-                    part = builder.add(builder.mul(tile.index, stride), block.index)
-                    part = builder.mul(part, I64(TOKENS))
-                    x = builder.add(codes, builder.mul(part, I64(panels.block)))
-                    _load(builder, _X, x, panels.block)
-                    for number, result in enumerate(_PRODUCTS):
-                        _tiles(builder, "tilezero", result)
-                        _tiles(builder, "tdpbssd", result, _X, _WEIGHTS[number])
-                        place = builder.add(products, I64(number * SUMS_BYTES))
-                        _store(builder, result, place)
-                    totals = builder.add(sums, builder.mul(tile.index, I64(size)))
-                    for token in range(TOKENS):
-                        number = builder.add(part, I64(token))
-                        x_scale = at(builder, scales, number, F32)
-                        x_scale = splat(builder, x_scale, FLOATS)
-                        for panel, weight_scale in enumerate(weight_scales):
-                            vector = panel * TOKENS + token
-                            whole = at(builder, products, I64(vector), WORDS)
-                            term = builder.fmul(builder.sitofp(whole, FLOATS), x_scale)
-                            total = at(builder, totals, I64(vector), FLOATS)
-                            total = multiply_add(builder, weight_scale, term, total)
-                            put(builder, builder.add(totals, I64(64 * vector)), total)
-            call(builder, "llvm.x86.tilerelease", _NOTHING, [])
-            return context.get_dummy_value()
-
-        return PRODUCT_TYPE, codegen
-
-    return multiply
+    Args:
+        x: in 16 bits.
+        weight: with groups as `supports_groups` wants them.
+    """
+    kind, count = weight.kind, x.shape[0]
+    call = _call(kind, x.dtype, count)
+    tiles = torch.empty(call.tiles_bytes, dtype=torch.uint8)
+    out = torch.empty(call.room, kind.out_features, dtype=x.dtype)
+    get_openmp().run(
+        call.kernel,
+        x.data_ptr(),
+        tiles.data_ptr(),
+        out.data_ptr(),
+        count,
+        kind.columns,
+        kind.groups,
+        kind.out_features,
+        0,
+        *weight.addresses,
+    )
+    return out if call.room == count else out[:count]
 
 
-def _layout(block: int) -> bytes:
-    """The registers' sizes, as the processor reads them (palette 1)."""
-    rows, widths = [0] * 16, [0] * 16
-    for tile, height, width in (
-        (_X, TOKENS, block),
-        *((tile, block // 4, 64) for tile in _WEIGHTS),
-        *((tile, TOKENS, ROWS * 4) for tile in _PRODUCTS),
-    ):
-        rows[tile], widths[tile] = height, width
-    return struct.pack("<16B16H16B", 1, *[0] * 15, *widths, *rows)
+def warm_up(weight: CpuWeight, x_dtype: torch.dtype) -> None:
+    """Compile the kernel for weights like these."""
+    _kernel(*_compiled_for(weight.kind), x_dtype)
 
 
-def _configure(builder: Any, layout: bytes) -> None:
-    kind = ir.ArrayType(I8, len(layout))
-    constant = ir.Constant(kind, bytearray(layout))
-    place = cgutils.global_constant(builder.module, "tile_layout", constant)
-    pointer = builder.bitcast(place, I8.as_pointer())
-    call(builder, "llvm.x86.ldtilecfg", _NOTHING, [pointer])
+class _Call(NamedTuple):
+    """What calls with the same number of tokens have in common."""
+
+    kernel: Any
+    tiles_bytes: int
+    """For what is made of x."""
+    room: int
+    """Rows of the output that are written."""
 
 
-def _load(builder: Any, tile: int, place: Any, stride: int) -> None:
-    pointer = builder.inttoptr(place, I8.as_pointer())
-    arguments = [I8(tile), pointer, I64(stride)]
-    call(builder, "llvm.x86.tileloadd64", _NOTHING, arguments)
+@functools.lru_cache(maxsize=1024)
+def _call(kind: WeightKind, x_dtype: torch.dtype, count: int) -> _Call:
+    """All that a call depends on but where its tensors are; a token makes hundreds."""
+    kernel, tokens = _kernel(*_compiled_for(kind), x_dtype)
+    return _Call(kernel, tokens.size(count, kind.columns), tokens.room(count))
 
 
-def _store(builder: Any, tile: int, place: Any) -> None:
-    pointer = builder.inttoptr(place, I8.as_pointer())
-    arguments = [I8(tile), pointer, I64(ROWS * 4)]
-    call(builder, "llvm.x86.tilestored64", _NOTHING, arguments)
+def _compiled_for(kind: WeightKind) -> tuple[Rows, int]:
+    """How rows are stored; columns of a group, 0 for the row."""
+    return kind.rows, 0 if kind.groups == 1 else kind.group_size
 
 
-def _tiles(builder: Any, name: str, *tiles: int) -> None:
-    call(builder, f"llvm.x86.{name}", _NOTHING, [I8(tile) for tile in tiles])
+@functools.cache
+def _kernel(rows: Rows, group_size: int, x_dtype: torch.dtype) -> tuple[Any, AmxTokens]:
+    """The kernel, and what it makes of x."""
+    weight = AmxWeight(ChunkReader(rows, group_size, BLOCK_CHUNKS))
+    tokens = AmxTokens(x_dtype, rows.stride)
+    return compile_gemm(weight, tokens, get_openmp().team), tokens

@@ -49,6 +49,9 @@ class ChunkReader:
     group_size: int
     """Columns of a group; 0: the whole row."""
 
+    ahead: int
+    """Chunks after which one is asked for, before it is read."""
+
     @property
     def span(self) -> int:
         """Columns of a lane."""
@@ -75,6 +78,8 @@ class ChunkReader:
             index: the chunk's number.
             rest: how many of its columns exist; None: all.
         """
+        if rest is None:
+            self.rows.prefetch(builder, row, builder.add(index, I64(self.ahead)))
         return self.rows.codes(builder, row, index, rest)
 
     def grid(self, builder: Any, row: Any, index: Any, rest: Any) -> tuple[Any, Any]:

@@ -37,6 +37,9 @@ from tacq_vllm.kernels.cpu_rows import CpuWeight, Load, weight_kind
 
 _SET_BLOCKS = 2
 
+_AHEAD_BLOCKS = 73
+"""Blocks after which one is asked for that becomes floats: about 2 KB."""
+
 _ZERO = -WIDE[0]
 """What is added to codes."""
 
@@ -74,6 +77,7 @@ class ClusterRows:
     stride: ClassVar[int] = CLUSTER
     step: ClassVar[int] = BLOCK
     addresses: ClassVar[int] = 3
+    levels: ClassVar[int] = WIDE[1] - WIDE[0] + 1
     row_type: ClassVar[Any] = types.UniTuple(types.int64, len(fields(ClusterRow)))
 
     def finder(self) -> Any:
@@ -100,6 +104,11 @@ class ClusterRows:
         codes = _codes(builder, row, index, valid, _SET_BLOCKS)
         return [builder.bitcast(place, WORDS) for place in codes]
 
+    def prefetch(self, builder: Any, row: ClusterRow, index: Any) -> None:
+        """See `Rows`."""
+        place, size = _place(builder, row, index, _SET_BLOCKS)
+        prefetch(builder, place, size)
+
     def grid(self, builder: Any, row: ClusterRow, load: Load) -> tuple[Any, Any]:
         """See `Rows`."""
         stored = load(row.scales, I16)
@@ -109,6 +118,8 @@ class ClusterRows:
 
     def floats(self, builder: Any, row: ClusterRow, index: Any, zero: Any) -> list[Any]:
         """See `Rows`."""
+        ahead, size = _place(builder, row, builder.add(index, I64(_AHEAD_BLOCKS)), 1)
+        prefetch(builder, ahead, size)
         first, second, third = _codes(builder, row, index, None, 1)
         count = first.type.count
         pair = pick_both(builder, first, second, list(range(2 * count)))
@@ -137,7 +148,7 @@ def _codes(
     Returns:
         Three vectors of bytes, one for every cluster.
     """
-    quarters = _load(builder, row.words, index, valid, blocks)
+    quarters = _load(builder, row, index, valid, blocks)
     fields = _cluster_fields(builder, quarters)
     indices = _cluster_indices(builder, quarters)
     narrow, *zeroed = (
@@ -163,15 +174,19 @@ def _codes(
     return codes
 
 
-def _load(builder: Any, base: Any, index: Any, valid: Any, blocks: int) -> Any:
+def _place(builder: Any, row: ClusterRow, index: Any, blocks: int) -> tuple[Any, int]:
+    """The address of some blocks' words, and their bytes."""
+    size = 4 * BLOCK_WORDS * blocks
+    return builder.add(row.words, builder.mul(index, I64(size))), size
+
+
+def _load(builder: Any, row: ClusterRow, index: Any, valid: Any, blocks: int) -> Any:
     """The words of some blocks, in parts of 16 bytes: 48 columns' fields and indices.
 
     Of blocks that do not exist they are 0.
     """
-    size = BLOCK_WORDS * blocks
-    place = builder.add(base, builder.mul(index, I64(4 * size)))
+    place, _ = _place(builder, row, index, blocks)
     if valid is None:
-        prefetch(builder, place, 4 * size, 2)
         valid = I64(blocks)
     kind = ir.VectorType(I32, 8 * blocks)
     words = load_some(builder, place, kind, builder.mul(valid, I64(BLOCK_WORDS)))

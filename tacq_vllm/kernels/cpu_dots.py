@@ -17,6 +17,9 @@ from tacq_vllm.kernels.cpu_ir import (
     same,
 )
 
+BIAS = 16
+"""What weights must have added, so that they have no sign."""
+
 
 def dot_vnni(builder: Any, acc: Any, codes: Any, x: Any) -> Any:
     """Add, in each lane, the products of four unsigned and four signed bytes."""

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tacq_vllm.kernels import cpu_amx, cpu_tile_dots
-from tacq_vllm.kernels.cpu_amx import has_amx
 from tacq_vllm.kernels.cpu_chunks import ChunkReader, lane_span, supports_groups
 from tacq_vllm.kernels.cpu_dots import best_dot
 from tacq_vllm.kernels.cpu_int8_gemm import compile_gemm
@@ -22,6 +20,9 @@ from tacq_vllm.kernels.openmp import get_openmp
 MANY = 0
 """Stands for any number of tokens."""
 
+_AHEAD = 32
+"""Chunks of a row by which memory is asked for before it is read."""
+
 MAX_GEMV_TOKENS = 4
 """Rows of x up to which weights are multiplied as they are unpacked."""
 
@@ -34,7 +35,7 @@ def int8_supports(weight: CpuWeight) -> bool:
 def int8_linear(x: Tensor, weight: CpuWeight) -> Tensor:
     """Multiply x [tokens, columns], contiguous, with the weight: [tokens, out]."""
     kind, count = weight.kind, x.shape[0]
-    call = _call(kind, x.dtype, _dot(_tile(count)), count)
+    call = _call(kind, x.dtype, best_dot(), count)
     scratch = torch.empty(call.scratch_bytes, dtype=torch.uint8)
     out = torch.empty(call.room, kind.out_features, dtype=x.dtype)
     start = scratch.data_ptr()
@@ -55,26 +56,16 @@ def int8_linear(x: Tensor, weight: CpuWeight) -> Tensor:
     return out if call.room == count else out[:count]
 
 
-def warm_up(weight: CpuWeight, x_dtype: torch.dtype) -> None:
-    """Compile the kernels for weights like these."""
-    for tile in {_tile(count) for count in range(1, MAX_GEMV_TOKENS + 2)}:
-        _kernel(*_compiled_for(weight.kind), x_dtype, _dot(tile), tile)
-
-
-def int8_name() -> str:
-    """Which instructions are used."""
-    return " ".join(dict.fromkeys((_dot(1), _dot(MANY))))
+def warm_up(weight: CpuWeight, x_dtype: torch.dtype, few: bool) -> None:
+    """Compile the kernels for weights like these; for few tokens only, if asked."""
+    most = MAX_GEMV_TOKENS if few else MAX_GEMV_TOKENS + 1
+    for tile in {_tile(count) for count in range(1, most + 1)}:
+        _kernel(*_compiled_for(weight.kind), x_dtype, best_dot(), tile)
 
 
 def _tile(count: int) -> int:
     """Tokens that are worked on together."""
     return MANY if count > MAX_GEMV_TOKENS else 1 << (count - 1).bit_length()
-
-
-def _dot(tile: int) -> str:
-    """Instructions for products of bytes."""
-    dot = best_dot()
-    return "amx" if tile == MANY and dot == "avx512vnni" and has_amx() else dot
 
 
 class _Call(NamedTuple):
@@ -115,10 +106,9 @@ def _kernel(
     rows: Rows, group_size: int, block: int, x_dtype: torch.dtype, dot: str, tile: int
 ) -> tuple[Any, TokenLanes | TokenTiles]:
     """The kernel for a tile of tokens, or for many, and what it makes of x."""
-    team, reader = get_openmp().team, ChunkReader(rows, group_size)
+    team, reader = get_openmp().team, ChunkReader(rows, group_size, _AHEAD)
     if tile == MANY:
-        bias = cpu_amx.BIAS if dot == "amx" else cpu_tile_dots.BIAS
-        tiles = TokenTiles(x_dtype, rows.stride, block, bias)
-        return compile_gemm(Panels(reader, block, bias), tiles, dot, team), tiles
+        tiles = TokenTiles(x_dtype, rows.stride, block)
+        return compile_gemm(Panels(reader, block), tiles, dot, team), tiles
     lanes = TokenLanes(x_dtype, rows.stride, block, tile)
     return compile_gemv(reader, lanes, dot, team), lanes

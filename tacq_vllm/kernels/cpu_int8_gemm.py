@@ -10,25 +10,22 @@ from typing import Any
 import numba
 import torch
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tacq_vllm.kernels.cpu_amx import amx_product
 from tacq_vllm.kernels.cpu_ir import (
     FLOATS,
     I64,
-    LANES,
     Team,
     at,
     from_float,
     put,
     reserver,
     sharer,
-    stored_type,
     transpose,
 )
 from tacq_vllm.kernels.cpu_panels import PANELS, ROWS, Panels, unpacker
 from tacq_vllm.kernels.cpu_rounding import ARGUMENTS
+from tacq_vllm.kernels.cpu_row_store import put_rows
 from tacq_vllm.kernels.cpu_rows import outlier_products
 from tacq_vllm.kernels.cpu_tile_dots import dot_product
 from tacq_vllm.kernels.cpu_token_tiles import (
@@ -53,8 +50,8 @@ def compile_gemm(panels: Panels, tiles: TokenTiles, dot: str, team: Team) -> Any
 
     Args:
         panels: what the weight becomes.
-        tiles: what x becomes, with the same blocks and bias.
-        dot: instructions for products of bytes: `amx` or a name of `DOTS`.
+        tiles: what x becomes, with the same blocks.
+        dot: instructions for products of bytes, a name of `DOTS`.
         team: where the calling thread is.
 
     Returns:
@@ -63,7 +60,7 @@ def compile_gemm(panels: Panels, tiles: TokenTiles, dot: str, team: Team) -> Any
     """
     share = sharer(team)
     round_tokens, unpack = tiles_rounder(tiles, team), unpacker(panels)
-    multiply = amx_product(panels) if dot == "amx" else dot_product(panels, dot)
+    multiply = dot_product(panels, dot)
     add_kept, finish = _kept_products(panels, tiles.dtype), _finish(tiles)
     row_at = panels.reader.rows.finder()
     out_size, block = tiles.dtype.itemsize, tiles.block
@@ -169,8 +166,6 @@ def _finish(tiles: TokenTiles) -> Any:
 
     Sums are [TOKENS, ROWS], the products [ROWS, TOKENS].
     """
-    size = tiles.dtype.itemsize
-    stored = stored_type(tiles.dtype)
 
     @intrinsic
     def finish(typing_context, totals, kept, out, rows, valid):
@@ -179,29 +174,13 @@ def _finish(tiles: TokenTiles) -> Any:
             products = transpose(
                 builder, [at(builder, kept, I64(row), FLOATS) for row in range(ROWS)]
             )
-            results, targets = [], []
+            results = []
             for token, product in enumerate(products):
                 total = at(builder, totals, I64(token), FLOATS)
                 total = builder.fadd(total, product)
                 results.append(from_float(builder, total, tiles.dtype))
-                line = builder.mul(rows, I64(size * token))
-                targets.append(builder.add(out, line))
-            is_whole = builder.icmp_unsigned("==", valid, I64(ROWS))
-            with builder.if_else(is_whole) as (then, otherwise):
-                with then:
-                    for target, result in zip(targets, results, strict=True):
-                        put(builder, target, result)
-                with otherwise:
-                    # Over what has been read.
-                    for token, result in enumerate(results):
-                        place = I64(size * LANES * token)
-                        put(builder, builder.add(kept, place), result)
-                    with cgutils.for_range(builder, valid, intp=I64) as row:
-                        for token, target in enumerate(targets):
-                            line = builder.add(kept, I64(size * LANES * token))
-                            value = at(builder, line, row.index, stored)
-                            offset = builder.mul(row.index, I64(size))
-                            put(builder, builder.add(target, offset), value)
+            # Over what has been read.
+            put_rows(builder, results, out, rows, valid, kept)
             return context.get_dummy_value()
 
         number = types.int64

@@ -19,9 +19,6 @@ F32 = ir.FloatType()
 WORDS = ir.VectorType(I32, LANES)
 FLOATS = ir.VectorType(F32, LANES)
 
-_AHEAD = 1024
-"""Bytes by which memory is asked for before it is read, at the slowest pace."""
-
 
 @dataclass(frozen=True)
 class Team:
@@ -44,6 +41,25 @@ def sharer(team: Team) -> Any:
         return start, min(start + size, last)
 
     return share
+
+
+def taker(argument: int) -> Any:
+    """Intrinsic: the next number, from 0 on, that no thread of the team has taken.
+
+    It takes the address of a kernel's arguments, one of which is a 0 to count in. A
+    thread that is slower than others, as it shares its core, takes fewer.
+    """
+
+    @intrinsic
+    def take(typing_context, pointer):
+        def codegen(context, builder, signature, arguments):
+            numbers = builder.bitcast(arguments[0], I64.as_pointer())
+            counter = builder.gep(numbers, [I64(argument)])
+            return builder.atomic_rmw("add", counter, I64(1), "monotonic")
+
+        return types.int64(types.voidptr), codegen
+
+    return take
 
 
 def at(builder: Any, base: Any, index: Any, kind: Any) -> Any:
@@ -73,17 +89,13 @@ def load_some(builder: Any, base: Any, kind: Any, valid: Any) -> Any:
     return call(builder, name, kind, arguments)
 
 
-def prefetch(builder: Any, place: Any, size: int, pace: int) -> None:
-    """Ask for what will be read after `size` bytes at an address; it need not exist.
-
-    `pace` is how fast an array is read, 1 for the slowest.
-    """
+def prefetch(builder: Any, place: Any, size: int) -> None:
+    """Ask for `size` bytes at an address; they need not exist."""
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     read, everywhere, data = I32(0), I32(3), I32(1)
     for line in range(0, size, 64):
-        address = builder.add(place, I64(_AHEAD * pace + line))
-        pointer = builder.inttoptr(address, I8.as_pointer())
+        pointer = builder.inttoptr(builder.add(place, I64(line)), I8.as_pointer())
         builder.call(function, [pointer, read, everywhere, data])
 
 
@@ -189,17 +201,24 @@ def _neighbour_sums(builder: Any, a: Any, b: Any) -> Any:
 
 
 def transpose(builder: Any, vectors: list[Any]) -> list[Any]:
-    """Of as many vectors as they have lanes: lane i of vector j to lane j of i."""
-    rows = list(vectors)
+    """Of as many vectors as each has parts: part i of vector j to part j of i.
+
+    A part is a lane, or several where there are fewer vectors than lanes.
+    """
+    rows, parts = list(vectors), range(len(vectors))
+    width = vectors[0].type.count // len(vectors)
+
+    def lanes(numbers: list[int]) -> list[int]:
+        return [width * number + lane for number in numbers for lane in range(width)]
+
     step = len(rows) // 2
     while step:
-        for i in (n for n in range(len(rows)) if not n & step):
+        for i in (n for n in parts if not n & step):
             a, b = rows[i], rows[i + step]
-            lanes = range(len(rows))
-            upper = [n + len(rows) - step if n & step else n for n in lanes]
-            lower = [n + len(rows) if n & step else n + step for n in lanes]
-            rows[i] = pick_both(builder, a, b, upper)
-            rows[i + step] = pick_both(builder, a, b, lower)
+            upper = [n + len(rows) - step if n & step else n for n in parts]
+            lower = [n + len(rows) if n & step else n + step for n in parts]
+            rows[i] = pick_both(builder, a, b, lanes(upper))
+            rows[i + step] = pick_both(builder, a, b, lanes(lower))
         step //= 2
     return rows
 
@@ -230,33 +249,35 @@ def to_float(builder: Any, bits: Any, dtype: torch.dtype) -> Any:
     """Stored values, one or a vector, as floats."""
     if dtype == torch.float32:
         return bits
-
-    def shaped(kind: Any) -> Any:
-        is_vector = isinstance(bits.type, ir.VectorType)
-        return ir.VectorType(kind, bits.type.count) if is_vector else kind
-
     if dtype == torch.float16:
-        return builder.fpext(builder.bitcast(bits, shaped(ir.HalfType())), shaped(F32))
-    word = builder.zext(bits, shaped(I32))
-    return builder.bitcast(builder.shl(word, same(word.type, 16)), shaped(F32))
+        halves = builder.bitcast(bits, _shaped(bits, ir.HalfType()))
+        return builder.fpext(halves, _shaped(bits, F32))
+    word = builder.zext(bits, _shaped(bits, I32))
+    word = builder.shl(word, same(word.type, 16))
+    return builder.bitcast(word, _shaped(bits, F32))
 
 
 def from_float(builder: Any, value: Any, dtype: torch.dtype) -> Any:
-    """A vector of floats as stored values."""
+    """Floats, one or a vector, as stored values."""
     if dtype == torch.float32:
         return value
-    halves = ir.VectorType(I16, value.type.count)
     if dtype == torch.float16:
-        kind = ir.VectorType(ir.HalfType(), value.type.count)
-        return builder.bitcast(builder.fptrunc(value, kind), halves)
-    words = ir.VectorType(I32, value.type.count)
-    bits = builder.bitcast(value, words)
+        half = builder.fptrunc(value, _shaped(value, ir.HalfType()))
+        return builder.bitcast(half, _shaped(value, I16))
+    bits = builder.bitcast(value, _shaped(value, I32))
     # To the nearest, of two equally near ones to the even.
-    odd = builder.and_(builder.lshr(bits, same(words, 16)), same(words, 1))
-    up = builder.add(builder.add(bits, same(words, 0x7FFF)), odd)
+    odd = builder.and_(builder.lshr(bits, same(bits.type, 16)), same(bits.type, 1))
+    up = builder.add(builder.add(bits, same(bits.type, 0x7FFF)), odd)
     none = builder.fcmp_unordered("uno", value, value)
-    rounded = builder.select(none, same(words, 0x7FC00000), up)
-    return builder.trunc(builder.lshr(rounded, same(words, 16)), halves)
+    rounded = builder.select(none, same(bits.type, 0x7FC00000), up)
+    rounded = builder.lshr(rounded, same(bits.type, 16))
+    return builder.trunc(rounded, _shaped(value, I16))
+
+
+def _shaped(value: Any, element: Any) -> Any:
+    """A type for as many elements as a value has."""
+    is_vector = isinstance(value.type, ir.VectorType)
+    return ir.VectorType(element, value.type.count) if is_vector else element
 
 
 def put_tokens(

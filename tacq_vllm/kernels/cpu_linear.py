@@ -4,7 +4,8 @@ Two ways:
 
 * int8, the default for x in 16 bits: x is rounded to 8 bits, with a scale for every 64
   columns (48 beside clusters, fewer where groups are smaller), and multiplied with the
-  codes in integers; kept weights are multiplied with x as it is.
+  codes in integers; kept weights are multiplied with x as it is. A processor with AMX
+  does that for few tokens only, and multiplies more of them in bfloat16.
 * exact, for x in float32 and where the environment has TACQ_CPU_ACTIVATIONS=exact:
   codes become floats in vector registers. For few tokens they are multiplied into x at
   once; for many, blocks of rows are dequantized into a cache-sized buffer, for the
@@ -27,9 +28,12 @@ from torch.nn.functional import pad
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.kernels.activations import activations
+from tacq_vllm.kernels.cpu_amx import amx_linear, has_amx
+from tacq_vllm.kernels.cpu_amx import warm_up as warm_up_amx
 from tacq_vllm.kernels.cpu_clusters import clusters_weight
+from tacq_vllm.kernels.cpu_dots import best_dot
 from tacq_vllm.kernels.cpu_exact import compile_dequantize, compile_linear
-from tacq_vllm.kernels.cpu_int8 import int8_linear, int8_name, int8_supports
+from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear, int8_supports
 from tacq_vllm.kernels.cpu_int8 import warm_up as warm_up_int8
 from tacq_vllm.kernels.cpu_planes import planes_weight
 from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows
@@ -62,8 +66,10 @@ def supports(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> bo
 
 def kernel_name(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> str:
     """Which kernel multiplies weights like these with x of a type."""
-    rounds = _rounds(x_dtype, _weight(linear))
-    return f"cpu int8 {int8_name()}" if rounds else "cpu exact"
+    weight = _weight(linear)
+    if not _rounds(x_dtype, weight):
+        return "cpu exact"
+    return f"cpu int8 {best_dot()}" + ", bf16 amx" * has_amx()
 
 
 def arrange(
@@ -84,7 +90,8 @@ def multiply(
     if missing:
         tokens = pad(tokens, (0, missing))
     if _rounds(x.dtype, weight):
-        out = int8_linear(tokens, weight)
+        many = has_amx() and tokens.shape[0] > MAX_GEMV_TOKENS
+        out = (amx_linear if many else int8_linear)(tokens, weight)
     elif tokens.shape[0] <= MAX_FUSED_TOKENS:
         out = _fused(tokens.to(torch.float32), weight).to(x.dtype)
     else:
@@ -114,7 +121,9 @@ def warm_up(
     """
     weight = _weight(linear)
     if _rounds(x_dtype, weight):
-        warm_up_int8(weight, x_dtype)
+        warm_up_int8(weight, x_dtype, few=has_amx())
+        if has_amx():
+            warm_up_amx(weight, x_dtype)
     else:
         _exact_dequantize(weight.kind.rows)
         for tokens in _TOKEN_COUNTS:

@@ -2,7 +2,7 @@
 
 A panel holds some blocks of columns of 16 rows. A block is a vector for every four
 columns, whose lanes are the rows, and a vector of the rows' scales. Weights are bytes:
-codes less zero-points, and a bias that may be added so that they have no sign.
+codes less zero-points, with a bias added so that they have no sign.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from tacq_vllm.kernels.cpu_chunks import ChunkReader
+from tacq_vllm.kernels.cpu_dots import BIAS
 from tacq_vllm.kernels.cpu_ir import (
     I8,
     I64,
@@ -41,9 +42,6 @@ class Panels:
 
     block: int
     """Columns of a block: whole lanes of one group. A chunk has whole blocks."""
-
-    bias: int
-    """What is added to weights."""
 
     @property
     def words(self) -> int:
@@ -126,7 +124,7 @@ def _weights(
     """Scales of the lanes of a row's chunk, and weights as bytes."""
     reader = panels.reader
     scale, zero = reader.grid(builder, row, index, rest)
-    shift = builder.sub(same(WORDS, panels.bias), zero)
+    shift = builder.sub(same(WORDS, BIAS), zero)
     byte_shift = builder.mul(
         builder.and_(shift, same(WORDS, 0xFF)), same(WORDS, 0x01010101)
     )

@@ -83,6 +83,11 @@ class PlaneRows:
     addresses: ClassVar[int] = 6
     row_type: ClassVar[Any] = types.UniTuple(types.int64, len(fields(PlaneRow)))
 
+    @property
+    def levels(self) -> int:
+        """See `Rows`."""
+        return 1 << self.bits
+
     def finder(self) -> Any:
         """See `Rows`."""
         width = PLANE_WIDTHS[self.bits][0]
@@ -126,6 +131,13 @@ class PlaneRows:
             for number, code in enumerate(codes)
         ]
 
+    def prefetch(self, builder: Any, row: PlaneRow, index: Any) -> None:
+        """See `Rows`."""
+        planes = row.low, row.high
+        for base, width in zip(planes, PLANE_WIDTHS[self.bits], strict=False):
+            place, size = _place(builder, base, index, width)
+            prefetch(builder, place, size)
+
     def grid(self, builder: Any, row: PlaneRow, load: Load) -> tuple[Any, Any]:
         """See `Rows`."""
         scale = to_float(builder, load(row.scales, I16), self.dtype)
@@ -156,13 +168,17 @@ class PlaneRows:
         return [builder.sitofp(builder.sub(codes, zero), FLOATS)]
 
 
+def _place(builder: Any, base: Any, index: Any, width: int) -> tuple[Any, int]:
+    """The address of a set's part of a plane, and its bytes."""
+    size = _SET * width // 8
+    return builder.add(base, builder.mul(index, I64(size))), size
+
+
 def _plane(builder: Any, base: Any, index: Any, rest: Any, width: int) -> Any:
     """The words of one plane of a set; those after the row's end are zero."""
-    kind = ir.VectorType(I32, _SET * width // 32)
-    place = builder.add(base, builder.mul(index, I64(4 * kind.count)))
+    place, size = _place(builder, base, index, width)
+    kind = ir.VectorType(I32, size // 4)
     if rest is None:
-        # The plane of 1 bit is read the slowest.
-        prefetch(builder, place, 4 * kind.count, width)
         return at(builder, place, I64(0), kind)
     valid = builder.udiv(builder.mul(rest, I64(width)), I64(32))
     return load_some(builder, place, kind, valid)

@@ -66,6 +66,10 @@ class Rows(Hashable, Protocol):
         """Columns that become floats at once."""
 
     @property
+    def levels(self) -> int:
+        """How many codes there are, from 0 on; 16 at most."""
+
+    @property
     def addresses(self) -> int:
         """Tensors of a weight, whose addresses are every kernel's last arguments."""
 
@@ -92,6 +96,9 @@ class Rows(Hashable, Protocol):
             index: the set's number.
             rest: how many of its columns exist; None: all.
         """
+
+    def prefetch(self, builder: Any, row: Any, index: Any) -> None:
+        """Ask for the codes of a set of columns, which need not exist."""
 
     def grid(self, builder: Any, row: Any, load: Load) -> tuple[Any, Any]:
         """The scale, a float, and the zero-point, an integer, of one or more groups."""

@@ -43,9 +43,6 @@ of tokens; the number of blocks; that of the first, as sums are begun if it is 0
 the address of the sums.
 """
 
-BIAS = 16
-"""What weights must have added, so that they have no sign."""
-
 _TOKENS = {"avx512vnni": 4, "avx2": 2, "plain": 2}
 """Tokens whose sums are in registers."""
 

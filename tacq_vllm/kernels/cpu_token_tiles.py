@@ -9,6 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from tacq_vllm.kernels.cpu_dots import BIAS
 from tacq_vllm.kernels.cpu_ir import (
     I32,
     I64,
@@ -36,7 +37,8 @@ class TokenTiles:
 
     For every tile, `x_tiles` has x itself, [in, TOKENS]; and for every block of
     columns there are `codes`: bytes [TOKENS, block]; `scales`: float32 [TOKENS];
-    `sums`: int32 [TOKENS], what each token's integer sums begin with.
+    `sums`: int32 [TOKENS], what each token's integer sums begin with: of what the
+    weights' bias adds, the negative.
     """
 
     dtype: torch.dtype
@@ -47,9 +49,6 @@ class TokenTiles:
 
     block: int
     """Columns of x that share a scale: whole lanes, and a multiple of 16."""
-
-    bias: int
-    """What is added to weights: of a block's sum it takes bias · Σ codes away."""
 
     @property
     def span(self) -> int:
@@ -119,7 +118,7 @@ def _round_token(tiles: TokenTiles) -> Any:
             )
             put(builder, scale, rounded.scale)
             summed = sum_codes(builder, rounded.codes, 0, block)
-            put(builder, total, builder.mul(summed, I32(-tiles.bias)))
+            put(builder, total, builder.mul(summed, I32(-BIAS)))
             return context.get_dummy_value()
 
         address = types.int64
