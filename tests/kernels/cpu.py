@@ -27,20 +27,17 @@ OBSTACLE = find_obstacle()
 
 def available_dots() -> list[str]:
     """Instructions for products of bytes that this processor has, the best first."""
-    from tacq_vllm.kernels.cpu_amx import has_amx
     from tacq_vllm.kernels.cpu_dots import best_dot
 
     known = ["avx512vnni", "avx2", "plain"]
-    return ["amx"] * has_amx() + known[known.index(best_dot()) :]
+    return known[known.index(best_dot()) :]
 
 
 def use_dot(monkeypatch: pytest.MonkeyPatch, dot: str) -> None:
-    """Let the kernels use these instructions; AMX has none for few tokens."""
+    """Let the kernels use these instructions."""
     from tacq_vllm.kernels import cpu_int8
 
-    is_amx = dot == "amx"
-    monkeypatch.setattr(cpu_int8, "has_amx", lambda: is_amx)
-    monkeypatch.setattr(cpu_int8, "best_dot", lambda: "avx512vnni" if is_amx else dot)
+    monkeypatch.setattr(cpu_int8, "best_dot", lambda: dot)
 
 
 def assert_bits_are_fixed(linear: Linear, x: Tensor, packed: Any) -> None:

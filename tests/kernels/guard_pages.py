@@ -1,6 +1,6 @@
 """Run the CPU kernels on tensors that end, or begin, where memory does.
 
-    python -m tests.kernels.guard_pages exact|int8
+    python -m tests.kernels.guard_pages exact|int8|amx
 
 A page that nobody may touch lies right after each tensor, or right before it: a kernel
 that reads or writes a byte too many ends this program with a fault. What a kernel is
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ KEPT: list[mmap.mmap] = []
 SHAPES = ((1, 32, -1), (33, 96, 32), (70, 160, 16), (64, 256, -1))
 TOKENS = (1, 3, 20)
 CLUSTER_SHAPES = ((1, 96, -1), (33, 192, 96), (17, 100, -1), (40, 480, -1))
-BITS = {"exact": (2, 3, 4), "int8": (3,)}
-"""The kernels for int8 take long to compile; 3 bits have all the tensors."""
+BITS = {"exact": (2, 3, 4), "int8": (3,), "amx": (3,)}
+"""Those for int8 and AMX take long to compile; 3 bits have all the tensors."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -71,7 +72,16 @@ def linears(way: str) -> Iterator[PackedLinear | ClusteredLinear]:
 def main() -> None:
     """Multiply weights of every kind; what is wrong ends the program."""
     (way,) = sys.argv[1:]
-    os.environ["TACQ_CPU_ACTIVATIONS"] = way
+    os.environ["TACQ_CPU_ACTIVATIONS"] = "exact" if way == "exact" else "int8"
+    from tacq_vllm.kernels.cpu_amx import has_amx
+
+    uses_amx = way == "amx" and has_amx()
+    with patch("tacq_vllm.kernels.cpu_linear.has_amx", lambda: uses_amx):
+        multiply_all(way)
+
+
+def multiply_all(way: str) -> None:
+    """Multiply weights of every kind."""
     x_dtype = torch.float32 if way == "exact" else torch.bfloat16
     for plain in linears(way):
         for before in (False, True):

@@ -27,11 +27,11 @@ if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
 from tacq_vllm.kernels import cpu_linear as kernel
+from tacq_vllm.kernels.cpu_amx import has_amx
 from tacq_vllm.kernels.cpu_clusters import clusters_weight
 from tacq_vllm.kernels.cpu_int8 import (
     MAX_GEMV_TOKENS,
     int8_linear,
-    int8_name,
     int8_supports,
 )
 from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, backward, multiply
@@ -39,7 +39,7 @@ from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, backward, multiply
 DOTS = available_dots()
 BEST = DOTS[0]
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
-WAYS = ["exact", "int8"]
+WAYS = ["exact", "int8", *["amx"] * has_amx()]
 COLUMNS = [(96, 96), (192, 96), (576, 192), (576, 96), (768, 384), (1536, 768)]
 """Columns, and of a group."""
 
@@ -47,7 +47,8 @@ COLUMNS = [(96, 96), (192, 96), (576, 192), (576, 96), (768, 384), (1536, 768)]
 @contextmanager
 def activations(way: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "activations", lambda: way)
+        patch.setattr(kernel, "activations", lambda: "int8" if way == "amx" else way)
+        patch.setattr(kernel, "has_amx", lambda: way == "amx")
         yield
 
 
@@ -90,6 +91,7 @@ def test_any_shape_is_exact(
     assert_is_product(backward(grad, linear), grad, dense.T)
 
 
+@pytest.mark.parametrize("way", WAYS[1:])
 @given(
     out_features=st.integers(1, 70),
     columns=st.sampled_from(COLUMNS),
@@ -101,6 +103,7 @@ def test_any_shape_is_exact(
 )
 @settings(max_examples=30)
 def test_any_shape_in_8_bits(
+    way: str,
     out_features: int,
     columns: tuple[int, int],
     whole_row: int | None,
@@ -115,7 +118,7 @@ def test_any_shape_in_8_bits(
     )
     x = random_input(tokens, in_features, dtype=dtype)
 
-    with activations("int8"):
+    with activations(way):
         out = multiply(x, linear, None)
 
     assert out.dtype == dtype
@@ -249,7 +252,7 @@ def test_the_name_of_the_kernel() -> None:
     across, _ = random_clustered(4, 576, 288, 0.0, torch.bfloat16, 8)
 
     assert kernel.kernel_name(linear, torch.float32) == "cpu exact"
-    assert kernel.kernel_name(linear, torch.bfloat16) == f"cpu int8 {int8_name()}"
+    assert kernel.kernel_name(linear, torch.bfloat16).startswith("cpu int8 ")
     # A chunk of 192 columns has parts of two groups.
     assert not int8_supports(clusters_weight(across))
     assert kernel.kernel_name(across, torch.bfloat16) == "cpu exact"

@@ -15,6 +15,8 @@ from tests.kernels.guard_pages import TOKENS, guarded, linears
 if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
+from tacq_vllm.kernels.cpu_amx import has_amx
+
 
 @pytest.mark.parametrize("index", [-1, 8])
 def test_the_guards_hold(index: int) -> None:
@@ -31,7 +33,7 @@ def test_the_guards_hold(index: int) -> None:
     assert os.waitstatus_to_exitcode(status) == -signal.SIGSEGV
 
 
-@pytest.mark.parametrize("way", ["exact", "int8"])
+@pytest.mark.parametrize("way", ["exact", "int8", *["amx"] * has_amx()])
 def test_nothing_outside_is_touched(way: str) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "tests.kernels.guard_pages", way],
