@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("task", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("question", nargs="?", default="What is the capital of France?")
+    parser.add_argument("question", nargs="?", default="What is the capital of China?")
     parser.add_argument("--bits", choices=("2", "3", "4"), default="3")
     parser.add_argument("--group-size", default="64", help="must divide the widths")
     arguments = parser.parse_args()

@@ -34,7 +34,7 @@ def main() -> None:
     """Serve, ask, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("question", nargs="?", default="What is the capital of France?")
+    parser.add_argument("question", nargs="?", default="What is the capital of China?")
     arguments = parser.parse_args()
 
     with serve(arguments.checkpoint) as base_url:
