@@ -82,12 +82,12 @@ def unpacker(weight: AmxWeight) -> Any:
     """
     row_at = weight.reader.rows.finder()
     read, add_kept = _read_row(weight), _kept_adder(weight)
-    chunk_bytes = weight.chunk_bytes
-    halve = last_halvings(weight.reader.columns, len(weight.steps))
+    width, chunk_bytes = weight.reader.columns, weight.chunk_bytes
+    halve = last_halvings(width, len(weight.steps))
 
     @numba.njit
     def unpack(tensors, first, chunk, end, columns, groups, rows, tiles, kept):
-        halvings = halve(columns)
+        halvings, last = halve(columns), columns // width
         for number in range(ROWS):
             row = min(first + number, rows - 1)
             packed = row_at(tensors, row, columns, groups, rows)
@@ -95,7 +95,7 @@ def unpacker(weight: AmxWeight) -> Any:
             for index in range(chunk, end):
                 tile = place + (index - chunk) * chunk_bytes
                 read(packed, index, columns, tile, halvings)
-            add_kept(packed, chunk, end, columns, place, kept + number * 4)
+            add_kept(packed, chunk, end, last, halvings, place, kept + number * 4)
 
     return unpack
 
@@ -215,17 +215,17 @@ def _look_up(builder: Any, tables: list[Any], codes: Any) -> Any:
 def _kept_adder(weight: AmxWeight) -> Any:
     """Compile what adds a row's kept weights in some chunks to the rows of their tiles.
 
-    It takes the row, the chunks, the number of columns, the tiles, and the address of a
-    word: the number of the first kept weight that is not in the chunks before.
+    It takes the row, the chunks, the chunk whose steps are folded, how often, the
+    tiles, and the address of a word: the number of the first kept weight that is not in
+    the chunks before.
     """
     bounds, column_of = _kept_bounds(weight), _kept_column(weight)
     place_of, add = _column_place(weight), _add_kept(weight)
     load, store = _load_number(), _store_number()
     width, chunk_bytes = weight.reader.columns, weight.chunk_bytes
-    halve = last_halvings(width, len(weight.steps))
 
     @numba.njit
-    def add_kept(row, chunk, end, columns, tiles, next_kept):
+    def add_kept(row, chunk, end, folded, halvings, tiles, next_kept):
         first, last = bounds(row)
         index = first if chunk == 0 else load(next_kept)
         while index < last:
@@ -234,9 +234,8 @@ def _kept_adder(weight: AmxWeight) -> Any:
                 break
             number = column // width
             place = place_of(column - number * width)
-            if number == columns // width:
-                # Of the last chunk, where steps may be folded.
-                halvings, step = halve(columns), place // TILE_BYTES
+            if number == folded:
+                step = place // TILE_BYTES
                 part = step & ((1 << halvings) - 1)
                 place -= step * TILE_BYTES
                 place += (step >> halvings) * TILE_BYTES + part * (64 >> halvings)
