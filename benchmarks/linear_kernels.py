@@ -28,7 +28,7 @@ from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.clusters import clustered_words
 from tacq_vllm.format.linear import PackedLinear, pack_linear
 from tacq_vllm.format.outliers import Outliers, encode_outliers, select_outliers
-from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS
+from tacq_vllm.kernels.cpu_exact import MAX_FUSED_TOKENS
 from tacq_vllm.kernels.ops import arrange, quantized_linear
 from tacq_vllm.kernels.reference import dequantize
 

@@ -13,9 +13,9 @@ from llvmlite import binding
 from torch import Tensor
 
 from tacq_vllm.kernels.cpu_amx_gemm import compile_gemm
-from tacq_vllm.kernels.cpu_amx_tokens import BLOCK_CHUNKS, AmxTokens
+from tacq_vllm.kernels.cpu_amx_tokens import AmxTokens
 from tacq_vllm.kernels.cpu_amx_weight import AmxWeight
-from tacq_vllm.kernels.cpu_chunks import ChunkReader
+from tacq_vllm.kernels.cpu_chunks import ChunkReader, group_columns
 from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows, WeightKind
 from tacq_vllm.kernels.openmp import get_openmp
 
@@ -33,12 +33,7 @@ def has_amx() -> bool:
 
 
 def amx_linear(x: Tensor, weight: CpuWeight) -> Tensor:
-    """Multiply x [tokens, columns], contiguous, with the weight: [tokens, out].
-
-    Args:
-        x: in 16 bits.
-        weight: with groups as `supports_groups` wants them.
-    """
+    """Multiply x [tokens, columns], contiguous, in 16 bits: [tokens, out]."""
     kind, count = weight.kind, x.shape[0]
     call = _call(kind, x.dtype, count)
     tiles = torch.empty(call.tiles_bytes, dtype=torch.uint8)
@@ -81,13 +76,13 @@ def _call(kind: WeightKind, x_dtype: torch.dtype, count: int) -> _Call:
 
 
 def _compiled_for(kind: WeightKind) -> tuple[Rows, int]:
-    """How rows are stored; columns of a group, 0 for the row."""
-    return kind.rows, 0 if kind.groups == 1 else kind.group_size
+    """What the kernel is compiled for: how rows are stored; columns of a group."""
+    return kind.rows, group_columns(kind)
 
 
 @functools.cache
 def _kernel(rows: Rows, group_size: int, x_dtype: torch.dtype) -> tuple[Any, AmxTokens]:
     """The kernel, and what it makes of x."""
-    weight = AmxWeight(ChunkReader(rows, group_size, BLOCK_CHUNKS))
+    weight = AmxWeight(ChunkReader(rows, group_size))
     tokens = AmxTokens(x_dtype, rows.stride)
     return compile_gemm(weight, tokens, get_openmp().team), tokens

@@ -1,5 +1,6 @@
 """LLVM code that unpacks 16 rows of a weight to tiles in bfloat16, kept weights too."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from tacq_vllm.kernels.cpu_amx_tiles import (
     put_steps,
     round_both,
 )
+from tacq_vllm.kernels.cpu_amx_tokens import BLOCK_CHUNKS
 from tacq_vllm.kernels.cpu_chunks import ChunkReader
 from tacq_vllm.kernels.cpu_ir import (
     FLOATS,
@@ -119,6 +121,8 @@ def _read_row(weight: AmxWeight) -> Any:
             is_whole = builder.icmp_unsigned("<", index, whole)
             with builder.if_else(is_whole) as (then, otherwise):
                 with then:
+                    ahead = builder.add(index, I64(BLOCK_CHUNKS))
+                    reader.rows.prefetch(builder, row, ahead)
                     read(None, None)
                 with otherwise:
                     read(rest, halvings)
@@ -138,7 +142,8 @@ def _weights(
     scale, zero = reader.grid(builder, row, index, rest)
     # Exact: the one has 11 bits at most, the other 4.
     shift = builder.fneg(builder.fmul(scale, builder.sitofp(zero, FLOATS)))
-    lanes = _QUARTER if reader.group_size == 0 else reader.group_size // reader.span
+    # Neighbouring lanes of a quarter that are sure to be of one group.
+    lanes = math.gcd(_QUARTER, reader.group_size // reader.span)
     tables = [
         _tables(builder, reader.rows.levels, scale, shift, first)
         for first in range(0, _QUARTER, lanes)

@@ -1,10 +1,9 @@
-"""LLVM code that unpacks chunks of a row into bytes, and their grid into lanes.
+"""LLVM code that unpacks chunks of a row into bytes or floats, and their grid.
 
 A chunk is a set of columns as `Rows` reads it: a lane of 32 bits has a few neighbouring
 columns, and lies inside one group.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +12,26 @@ from llvmlite import ir
 from tacq_vllm.kernels.cpu_ir import (
     FLOATS,
     I16,
+    I32,
     I64,
     LANES,
     WORDS,
     at,
     load_some,
     pick,
+    same,
+    shift_words,
     splat,
 )
 from tacq_vllm.kernels.cpu_rows import Rows, WeightKind
+
+AHEAD = 32
+"""Chunks of a row after which one is best asked for before it is read."""
+
+_MANTISSA = 23
+"""Bits of a float behind its exponent."""
+
+_EXPONENT_BIAS = 127
 
 
 def lane_span(rows: Rows) -> int:
@@ -29,16 +39,9 @@ def lane_span(rows: Rows) -> int:
     return 4 * rows.stride
 
 
-@functools.cache
-def supports_groups(kind: WeightKind) -> bool:
-    """Whether chunks can be read: groups are of whole lanes.
-
-    A group and a chunk divide one another, or a row is one group.
-    """
-    span, size = lane_span(kind.rows), kind.group_size
-    chunk = LANES * span
-    divide = chunk % size == 0 or size % chunk == 0
-    return size % span == 0 and (kind.groups == 1 or divide)
+def group_columns(kind: WeightKind) -> int:
+    """Columns of a group as a `ChunkReader` takes them: 0 for the row."""
+    return 0 if kind.groups == 1 else kind.group_size
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,7 @@ class ChunkReader:
 
     rows: Rows
     group_size: int
-    """Columns of a group; 0: the whole row."""
-
-    ahead: int
-    """Chunks after which one is asked for, before it is read."""
+    """Columns of a group, whole lanes; 0: the whole row."""
 
     @property
     def span(self) -> int:
@@ -63,11 +63,10 @@ class ChunkReader:
         return LANES * self.span
 
     @property
-    def groups(self) -> int:
-        """Groups of a chunk; 0: a group is a chunk or more."""
-        if self.group_size == 0 or self.group_size >= self.columns:
-            return 0
-        return self.columns // self.group_size
+    def lane_order(self) -> list[int]:
+        """Columns of a lane in the order in which `floats` has them."""
+        stride = self.rows.stride
+        return [word + stride * byte for word in range(stride) for byte in range(4)]
 
     def codes(self, builder: Any, row: Any, index: Any, rest: Any) -> list[Any]:
         """The codes of a chunk, one per byte: a vector for each word of a lane.
@@ -78,33 +77,56 @@ class ChunkReader:
             index: the chunk's number.
             rest: how many of its columns exist; None: all.
         """
-        if rest is None:
-            self.rows.prefetch(builder, row, builder.add(index, I64(self.ahead)))
         return self.rows.codes(builder, row, index, rest)
+
+    def floats(
+        self, builder: Any, row: Any, index: Any, rest: Any, zero: Any
+    ) -> list[Any]:
+        """The codes of a chunk less zero-points: floats, a vector for each column.
+
+        Those for byte 0 to 3 of the first word of every lane, then of the next.
+        """
+        words = self.codes(builder, row, index, rest)
+        return _differences(builder, words, builder.sitofp(zero, FLOATS))
 
     def grid(self, builder: Any, row: Any, index: Any, rest: Any) -> tuple[Any, Any]:
         """Of every lane of a chunk: the scale, a float, and the zero-point, a word."""
-        count = self.groups
-        if count == 0:
-            group = I64(0)
-            if self.group_size:
-                chunks = self.group_size // self.columns
-                group = builder.udiv(index, I64(chunks))
+        size = self.group_size
+        if size % self.columns == 0:
+            group = builder.udiv(index, I64(size // self.columns)) if size else I64(0)
 
             def load(base: Any, kind: Any) -> Any:
                 return at(builder, base, group, kind)
 
-        else:
+        elif self.columns % size == 0:
+            count = self.columns // size
             first = builder.mul(index, I64(count))
-            valid = None
-            if rest is not None:
-                valid = builder.udiv(rest, I64(self.group_size))
+            valid = None if rest is None else builder.udiv(rest, I64(size))
 
             def load(base: Any, kind: Any) -> Any:
                 return _some(builder, base, first, ir.VectorType(kind, count), valid)
 
+        else:
+            groups = self._lane_groups(builder, index, rest)
+
+            def load(base: Any, kind: Any) -> Any:
+                return _each(builder, base, groups, kind)
+
         scale, zero = self.rows.grid(builder, row, load)
         return _to_lanes(builder, scale, FLOATS), _to_lanes(builder, zero, WORDS)
+
+    def _lane_groups(self, builder: Any, index: Any, rest: Any) -> list[Any]:
+        """The group of every lane; of those after the row's end the last one."""
+        first = builder.mul(index, I64(LANES))
+        last = I64(LANES - 1)
+        if rest is not None:
+            last = builder.sub(builder.udiv(rest, I64(self.span)), I64(1))
+        groups = []
+        for number in range(LANES):
+            is_there = builder.icmp_unsigned("<", I64(number), last)
+            lane = builder.add(first, builder.select(is_there, I64(number), last))
+            groups.append(builder.udiv(lane, I64(self.group_size // self.span)))
+        return groups
 
 
 def _some(builder: Any, base: Any, first: Any, kind: Any, valid: Any) -> Any:
@@ -116,9 +138,41 @@ def _some(builder: Any, base: Any, first: Any, kind: Any, valid: Any) -> Any:
     return load_some(builder, place, kind, valid)
 
 
+def _each(builder: Any, base: Any, indices: list[Any], kind: Any) -> Any:
+    """Elements of an array at an address, as a vector."""
+    vector = ir.Constant(ir.VectorType(kind, len(indices)), ir.Undefined)
+    for number, index in enumerate(indices):
+        element = at(builder, base, index, kind)
+        vector = builder.insert_element(vector, element, I32(number))
+    return vector
+
+
 def _to_lanes(builder: Any, value: Any, kind: Any) -> Any:
     """Spread a number, or the elements of a vector, over the lanes."""
     if not isinstance(value.type, ir.VectorType):
         return splat(builder, value, kind)
     count = value.type.count
     return pick(builder, value, [lane * count // LANES for lane in range(LANES)])
+
+
+def _differences(builder: Any, words: list[Any], zero: Any) -> list[Any]:
+    """Codes in bytes, less zero-points, as floats.
+
+    A code stays where it is, in the last bits of a float of which they count one.
+    """
+    low, middle, high = ((8 * byte, _MANTISSA - 8 * byte) for byte in range(3))
+    # What is in the last byte would be in the exponent.
+    shifts = (0, low), (0, middle), (0, high), (24, low)
+    minuends = {
+        exponent: builder.fadd(zero, same(FLOATS, 2.0**exponent))
+        for _, exponent in (low, middle, high)
+    }
+    vectors = []
+    for word in words:
+        for shift, (place, exponent) in shifts:
+            shifted = shift_words(builder, word, shift)
+            code = builder.and_(shifted, same(WORDS, 0xF << place))
+            bits = (_EXPONENT_BIAS + exponent) << _MANTISSA
+            value = builder.bitcast(builder.or_(code, same(WORDS, bits)), FLOATS)
+            vectors.append(builder.fsub(value, minuends[exponent]))
+    return vectors

@@ -18,16 +18,13 @@ from numba.core import cgutils
 from tacq_vllm.format.clustered import ClusteredLinear
 from tacq_vllm.format.clusters import BLOCK, BLOCK_WORDS, CLUSTER, WIDE
 from tacq_vllm.kernels.cpu_ir import (
-    FLOATS,
     I8,
     I16,
     I32,
     I64,
-    LANES,
     WORDS,
     load_some,
     pick,
-    pick_both,
     prefetch,
     same,
     shift_words,
@@ -36,9 +33,6 @@ from tacq_vllm.kernels.cpu_ir import (
 from tacq_vllm.kernels.cpu_rows import CpuWeight, Load, weight_kind
 
 _SET_BLOCKS = 2
-
-_AHEAD_BLOCKS = 73
-"""Blocks after which one is asked for that becomes floats: about 2 KB."""
 
 _ZERO = -WIDE[0]
 """What is added to codes."""
@@ -75,7 +69,6 @@ class ClusterRows:
     dtype: torch.dtype
 
     stride: ClassVar[int] = CLUSTER
-    step: ClassVar[int] = BLOCK
     addresses: ClassVar[int] = 3
     levels: ClassVar[int] = WIDE[1] - WIDE[0] + 1
     row_type: ClassVar[Any] = types.UniTuple(types.int64, len(fields(ClusterRow)))
@@ -101,12 +94,12 @@ class ClusterRows:
     def codes(self, builder: Any, row: ClusterRow, index: Any, rest: Any) -> list[Any]:
         """See `Rows`."""
         valid = None if rest is None else builder.udiv(rest, I64(BLOCK))
-        codes = _codes(builder, row, index, valid, _SET_BLOCKS)
+        codes = _codes(builder, row, index, valid)
         return [builder.bitcast(place, WORDS) for place in codes]
 
     def prefetch(self, builder: Any, row: ClusterRow, index: Any) -> None:
         """See `Rows`."""
-        place, size = _place(builder, row, index, _SET_BLOCKS)
+        place, size = _place(builder, row, index)
         prefetch(builder, place, size)
 
     def grid(self, builder: Any, row: ClusterRow, load: Load) -> tuple[Any, Any]:
@@ -116,39 +109,20 @@ class ClusterRows:
         kind = ir.VectorType(I32, stored.type.count) if is_vector else I32
         return to_float(builder, stored, self.dtype), same(kind, _ZERO)
 
-    def floats(self, builder: Any, row: ClusterRow, index: Any, zero: Any) -> list[Any]:
-        """See `Rows`."""
-        ahead, size = _place(builder, row, builder.add(index, I64(_AHEAD_BLOCKS)), 1)
-        prefetch(builder, ahead, size)
-        first, second, third = _codes(builder, row, index, None, 1)
-        count = first.type.count
-        pair = pick_both(builder, first, second, list(range(2 * count)))
-        third = pick(builder, third, [n % count for n in range(2 * count)])
-        vectors = []
-        for start in range(0, BLOCK, LANES):
-            columns = range(start, start + LANES)
-            places = [n % CLUSTER * count + n // CLUSTER for n in columns]
-            codes = builder.zext(pick_both(builder, pair, third, places), zero.type)
-            vectors.append(builder.sitofp(builder.sub(codes, zero), FLOATS))
-        return vectors
 
-
-def _codes(
-    builder: Any, row: ClusterRow, index: Any, valid: Any, blocks: int
-) -> list[Any]:
-    """The codes, with `_ZERO` added, of each place in the clusters of some blocks.
+def _codes(builder: Any, row: ClusterRow, index: Any, valid: Any) -> list[Any]:
+    """The codes, with `_ZERO` added, of each place in the clusters of a set's blocks.
 
     Args:
         builder: what appends instructions.
         row: the row.
-        index: number of the first block, divided by `blocks`.
+        index: the set's number.
         valid: how many of the blocks exist; None: all.
-        blocks: 1 or 2.
 
     Returns:
         Three vectors of bytes, one for every cluster.
     """
-    quarters = _load(builder, row, index, valid, blocks)
+    quarters = _load(builder, row, index, valid)
     fields = _cluster_fields(builder, quarters)
     indices = _cluster_indices(builder, quarters)
     narrow, *zeroed = (
@@ -174,28 +148,30 @@ def _codes(
     return codes
 
 
-def _place(builder: Any, row: ClusterRow, index: Any, blocks: int) -> tuple[Any, int]:
-    """The address of some blocks' words, and their bytes."""
-    size = 4 * BLOCK_WORDS * blocks
+def _place(builder: Any, row: ClusterRow, index: Any) -> tuple[Any, int]:
+    """The address of a set's words, and their bytes."""
+    size = 4 * BLOCK_WORDS * _SET_BLOCKS
     return builder.add(row.words, builder.mul(index, I64(size))), size
 
 
-def _load(builder: Any, row: ClusterRow, index: Any, valid: Any, blocks: int) -> Any:
-    """The words of some blocks, in parts of 16 bytes: 48 columns' fields and indices.
+def _load(builder: Any, row: ClusterRow, index: Any, valid: Any) -> Any:
+    """The words of a set, in parts of 16 bytes: 48 columns' fields and indices.
 
     Of blocks that do not exist they are 0.
     """
-    place, _ = _place(builder, row, index, blocks)
+    place, _ = _place(builder, row, index)
     if valid is None:
-        valid = I64(blocks)
-    kind = ir.VectorType(I32, 8 * blocks)
+        valid = I64(_SET_BLOCKS)
+    kind = ir.VectorType(I32, 8 * _SET_BLOCKS)
     words = load_some(builder, place, kind, builder.mul(valid, I64(BLOCK_WORDS)))
     order = [
         BLOCK_WORDS * block + word
-        for block in range(blocks)
+        for block in range(_SET_BLOCKS)
         for word in (0, 1, 2, 6, 3, 4, 5, 6)
     ]
-    return builder.bitcast(pick(builder, words, order), ir.VectorType(I8, 32 * blocks))
+    return builder.bitcast(
+        pick(builder, words, order), ir.VectorType(I8, 32 * _SET_BLOCKS)
+    )
 
 
 def _cluster_fields(builder: Any, parts: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from numba import types
 from numba.extending import intrinsic
 
+from tacq_vllm.kernels.cpu_call import ARGUMENTS
 from tacq_vllm.kernels.cpu_ir import (
     FLOATS,
     I64,
@@ -23,10 +24,9 @@ from tacq_vllm.kernels.cpu_ir import (
     sharer,
     transpose,
 )
+from tacq_vllm.kernels.cpu_kept import kept_products
 from tacq_vllm.kernels.cpu_panels import PANELS, ROWS, Panels, unpacker
-from tacq_vllm.kernels.cpu_rounding import ARGUMENTS
 from tacq_vllm.kernels.cpu_row_store import put_rows
-from tacq_vllm.kernels.cpu_rows import outlier_products
 from tacq_vllm.kernels.cpu_tile_dots import dot_product
 from tacq_vllm.kernels.cpu_token_tiles import (
     SUMS_BYTES,
@@ -61,7 +61,7 @@ def compile_gemm(panels: Panels, tiles: TokenTiles, dot: str, team: Team) -> Any
     share = sharer(team)
     round_tokens, unpack = tiles_rounder(tiles, team), unpacker(panels)
     multiply = dot_product(panels, dot)
-    add_kept, finish = _kept_products(panels, tiles.dtype), _finish(tiles)
+    put_kept, finish = _kept_putter(panels, tiles.dtype), _finish(tiles)
     row_at = panels.reader.rows.finder()
     out_size, block = tiles.dtype.itemsize, tiles.block
     chunk_size, chunk_blocks = panels.reader.columns, panels.chunk_blocks
@@ -130,7 +130,7 @@ def compile_gemm(panels: Panels, tiles: TokenTiles, dot: str, team: Team) -> Any
                             packed = row_at(
                                 weight, first_row + row, columns, groups, rows
                             )
-                            add_kept(packed, place, kept + row * TOKENS * 4)
+                            put_kept(packed, place, kept + row * TOKENS * 4)
                         done = (tile - slab) * PANELS + number - panel
                         finish(
                             totals + done * SUMS_BYTES,
@@ -143,22 +143,22 @@ def compile_gemm(panels: Panels, tiles: TokenTiles, dot: str, team: Team) -> Any
     return body
 
 
-def _kept_products(panels: Panels, x_dtype: torch.dtype) -> Any:
+def _kept_putter(panels: Panels, x_dtype: torch.dtype) -> Any:
     """Intrinsic: the products of a row's kept weights with a tile of x, in memory."""
     rows = panels.reader.rows
 
     @intrinsic
-    def kept_products(typing_context, row, x, place):
+    def put_kept(typing_context, row, x, place):
         def codegen(context, builder, signature, arguments):
             row = rows.unpack(builder, arguments[0])
             x, place = arguments[1:]
-            products = outlier_products(builder, row, rows.dtype, x, TOKENS, x_dtype)
+            products = kept_products(builder, row, rows.dtype, x, TOKENS, x_dtype)
             put(builder, place, products)
             return context.get_dummy_value()
 
         return types.void(rows.row_type, types.int64, types.int64), codegen
 
-    return kept_products
+    return put_kept
 
 
 def _finish(tiles: TokenTiles) -> Any:

@@ -77,12 +77,17 @@ def put(builder: Any, base: Any, value: Any) -> None:
     builder.store(value, pointer, align=1)
 
 
+def lanes_below(builder: Any, valid: Any, count: int) -> Any:
+    """Which of `count` lanes are among the first `valid`: a vector of bits."""
+    order = ir.VectorType(I32, count)
+    numbers = ir.Constant(order, list(range(count)))
+    bound = splat(builder, builder.trunc(valid, I32), order)
+    return builder.icmp_unsigned("<", numbers, bound)
+
+
 def load_some(builder: Any, base: Any, kind: Any, valid: Any) -> Any:
     """Load the first `valid` lanes of a vector at an address; the others are zero."""
-    order = ir.VectorType(I32, kind.count)
-    numbers = ir.Constant(order, list(range(kind.count)))
-    bound = splat(builder, builder.trunc(valid, I32), order)
-    mask = builder.icmp_unsigned("<", numbers, bound)
+    mask = lanes_below(builder, valid, kind.count)
     pointer = builder.inttoptr(base, kind.as_pointer())
     name = f"llvm.masked.load.v{kind.count}{kind.element}.p0"
     arguments = [pointer, I32(1), mask, same(kind, 0)]

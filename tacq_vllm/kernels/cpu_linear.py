@@ -7,22 +7,15 @@ Two ways:
   codes in integers; kept weights are multiplied with x as it is. A processor with AMX
   does that for few tokens only, and multiplies more of them in bfloat16.
 * exact, for x in float32 and where the environment has TACQ_CPU_ACTIVATIONS=exact:
-  codes become floats in vector registers. For few tokens they are multiplied into x at
-  once; for many, blocks of rows are dequantized into a cache-sized buffer, for the
-  matrix product of PyTorch.
+  codes become floats in vector registers.
 
 Threads are PyTorch's own. A row belongs to one thread: the same inputs give the same
 bits with any number of threads, except that for many tokens in float32 that is up to
 PyTorch's product.
 """
 
-import functools
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as dense_linear
 from torch.nn.functional import pad
 
 from tacq_vllm.format.clustered import ClusteredLinear
@@ -32,19 +25,13 @@ from tacq_vllm.kernels.cpu_amx import amx_linear, has_amx
 from tacq_vllm.kernels.cpu_amx import warm_up as warm_up_amx
 from tacq_vllm.kernels.cpu_clusters import clusters_weight
 from tacq_vllm.kernels.cpu_dots import best_dot
-from tacq_vllm.kernels.cpu_exact import compile_dequantize, compile_linear
-from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear, int8_supports
+from tacq_vllm.kernels.cpu_exact import exact_backward, exact_linear
+from tacq_vllm.kernels.cpu_exact import warm_up as warm_up_exact
+from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear
 from tacq_vllm.kernels.cpu_int8 import warm_up as warm_up_int8
 from tacq_vllm.kernels.cpu_planes import planes_weight
-from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows
-from tacq_vllm.kernels.openmp import find_openmp, get_openmp
-from tacq_vllm.kernels.reference import BLOCK_WEIGHTS
-
-MAX_FUSED_TOKENS = 8
-"""Rows of x up to which the exact kernel multiplies weights in registers."""
-
-_TOKEN_COUNTS = (1, 2, 4, 8)
-"""Rows of x for which there are kernels; those between are filled up with zeros."""
+from tacq_vllm.kernels.cpu_rows import CpuWeight
+from tacq_vllm.kernels.openmp import find_openmp
 
 
 def available() -> bool:
@@ -66,8 +53,7 @@ def supports(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> bo
 
 def kernel_name(linear: PackedLinear | ClusteredLinear, x_dtype: torch.dtype) -> str:
     """Which kernel multiplies weights like these with x of a type."""
-    weight = _weight(linear)
-    if not _rounds(x_dtype, weight):
+    if not _rounds(x_dtype):
         return "cpu exact"
     return f"cpu int8 {best_dot()}" + ", bf16 amx" * has_amx()
 
@@ -89,13 +75,12 @@ def multiply(
     missing = weight.kind.columns - linear.in_features
     if missing:
         tokens = pad(tokens, (0, missing))
-    if _rounds(x.dtype, weight):
-        many = has_amx() and tokens.shape[0] > MAX_GEMV_TOKENS
-        out = (amx_linear if many else int8_linear)(tokens, weight)
-    elif tokens.shape[0] <= MAX_FUSED_TOKENS:
-        out = _fused(tokens.to(torch.float32), weight).to(x.dtype)
+    if not _rounds(x.dtype):
+        out = exact_linear(tokens, weight)
+    elif has_amx() and tokens.shape[0] > MAX_GEMV_TOKENS:
+        out = amx_linear(tokens, weight)
     else:
-        out = _blocked(tokens.to(torch.float32), weight).to(x.dtype)
+        out = int8_linear(tokens, weight)
     if not is_matrix:
         out = out.view(*x.shape[:-1], -1)
     return out if bias is None else out + bias
@@ -103,12 +88,8 @@ def multiply(
 
 def backward(grad: Tensor, linear: PackedLinear | ClusteredLinear) -> Tensor:
     """The gradient of x for that of the product, [..., out]: [..., in], exact."""
-    weight = _weight(linear)
-    rows = grad.reshape(-1, linear.out_features).to(torch.float32)
-    total = rows.new_zeros(rows.shape[0], weight.kind.columns)
-    for start, stop, block in _blocks(weight):
-        total.addmm_(rows[:, start:stop], block)
-    out = total[:, : linear.in_features].to(grad.dtype)
+    rows = grad.reshape(-1, linear.out_features)
+    out = exact_backward(rows, _weight(linear))[:, : linear.in_features].to(grad.dtype)
     return out.reshape(*grad.shape[:-1], linear.in_features)
 
 
@@ -120,14 +101,12 @@ def warm_up(
     With a bias they are the same as without.
     """
     weight = _weight(linear)
-    if _rounds(x_dtype, weight):
+    if _rounds(x_dtype):
         warm_up_int8(weight, x_dtype, few=has_amx())
         if has_amx():
             warm_up_amx(weight, x_dtype)
     else:
-        _exact_dequantize(weight.kind.rows)
-        for tokens in _TOKEN_COUNTS:
-            _exact_linear(weight.kind.rows, tokens)
+        warm_up_exact(weight)
 
 
 def _weight(linear: PackedLinear | ClusteredLinear) -> CpuWeight:
@@ -137,80 +116,6 @@ def _weight(linear: PackedLinear | ClusteredLinear) -> CpuWeight:
     return planes_weight(linear)
 
 
-def _fused(x: Tensor, weight: CpuWeight) -> Tensor:
-    """The exact product, for few tokens: float32 [tokens, out]."""
-    kind, tile = weight.kind, _tile(x.shape[0])
-    out = torch.empty(tile, kind.out_features)
-    kernel = _exact_linear(kind.rows, tile)
-    _run_exact(kernel, weight, _with_rows(x, tile), out, 0, kind.out_features)
-    return out[: x.shape[0]]
-
-
-def _blocked(x: Tensor, weight: CpuWeight) -> Tensor:
-    """The exact product, for many tokens: float32 [tokens, out]."""
-    out = torch.empty(x.shape[0], weight.kind.out_features)
-    for start, stop, block in _blocks(weight):
-        out[:, start:stop] = dense_linear(x, block)
-    return out
-
-
-def _blocks(weight: CpuWeight) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks of rows: the first, the one after the last, and their weight.
-
-    That is float32 [rows, columns], in the same memory for all.
-    """
-    kind = weight.kind
-    rows = max(1, BLOCK_WEIGHTS // kind.columns)
-    block = torch.empty(rows, kind.columns)
-    kernel = _exact_dequantize(kind.rows)
-    for start in range(0, kind.out_features, rows):
-        stop = min(start + rows, kind.out_features)
-        _run_exact(kernel, weight, None, block, start, stop)
-        yield start, stop, block[: stop - start]
-
-
-def _run_exact(
-    kernel: Any, weight: CpuWeight, x: Tensor | None, out: Tensor, start: int, stop: int
-) -> None:
-    """Run an exact kernel on rows [start, stop)."""
-    kind = weight.kind
-    get_openmp().run(
-        kernel,
-        0 if x is None else x.data_ptr(),
-        out.data_ptr(),
-        kind.out_features,
-        kind.columns,
-        kind.groups,
-        kind.group_size // kind.rows.step,
-        start,
-        stop,
-        *weight.addresses,
-    )
-
-
-def _tile(count: int) -> int:
-    """Tokens that a kernel for `count` of them works on at a time."""
-    return next(size for size in _TOKEN_COUNTS if size >= count)
-
-
-def _with_rows(x: Tensor, count: int) -> Tensor:
-    """Append rows of zeros up to `count`."""
-    missing = count - x.shape[0]
-    return x if missing == 0 else torch.cat((x, x.new_zeros(missing, x.shape[1])))
-
-
-def _rounds(x_dtype: torch.dtype, weight: CpuWeight) -> bool:
+def _rounds(x_dtype: torch.dtype) -> bool:
     """Whether x is rounded to 8 bits."""
-    return (
-        x_dtype != torch.float32 and activations() == "int8" and int8_supports(weight)
-    )
-
-
-@functools.cache
-def _exact_linear(rows: Rows, tokens: int) -> Any:
-    return compile_linear(rows, tokens, get_openmp().team)
-
-
-@functools.cache
-def _exact_dequantize(rows: Rows) -> Any:
-    return compile_dequantize(rows, get_openmp().team)
+    return x_dtype != torch.float32 and activations() == "int8"

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tacq_vllm.kernels.cpu_chunks import ChunkReader
+from tacq_vllm.kernels.cpu_chunks import AHEAD, ChunkReader
 from tacq_vllm.kernels.cpu_dots import BIAS
 from tacq_vllm.kernels.cpu_ir import (
     I8,
@@ -107,6 +107,8 @@ def _read_row(panels: Panels) -> Any:
             is_whole = builder.icmp_unsigned("<", index, whole)
             with builder.if_else(is_whole) as (then, otherwise):
                 with then:
+                    ahead = builder.add(index, I64(AHEAD))
+                    reader.rows.prefetch(builder, row, ahead)
                     read(None)
                 with otherwise:
                     read(rest)

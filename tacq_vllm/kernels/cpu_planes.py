@@ -15,18 +15,14 @@ from numba.core import cgutils
 from tacq_vllm.format.linear import PackedLinear
 from tacq_vllm.format.packing import PLANE_WIDTHS
 from tacq_vllm.kernels.cpu_ir import (
-    FLOATS,
-    I1,
     I8,
     I16,
     I32,
     I64,
-    LANES,
     WORDS,
     at,
     byte_field,
     load_some,
-    pick,
     prefetch,
     same,
     splat,
@@ -79,7 +75,6 @@ class PlaneRows:
     dtype: torch.dtype
 
     stride: ClassVar[int] = 4
-    step: ClassVar[int] = LANES
     addresses: ClassVar[int] = 6
     row_type: ClassVar[Any] = types.UniTuple(types.int64, len(fields(PlaneRow)))
 
@@ -148,24 +143,6 @@ class PlaneRows:
             high = _row_field(builder, words, row.zero_high_shift, 1)
             zero = builder.or_(zero, builder.shl(high, same(high.type, width)))
         return scale, zero
-
-    def floats(self, builder: Any, row: PlaneRow, index: Any, zero: Any) -> list[Any]:
-        """See `Rows`."""
-        width = PLANE_WIDTHS[self.bits][0]
-        per_word = 32 // width
-        count = LANES // per_word
-        words = at(builder, row.low, index, ir.VectorType(I32, count))
-        spread = pick(builder, words, [lane // per_word for lane in range(LANES)])
-        shifts = ir.Constant(WORDS, [lane % per_word * width for lane in range(LANES)])
-        fields = builder.lshr(spread, shifts)
-        codes = builder.and_(fields, same(WORDS, (1 << width) - 1))
-        if self.bits == 3:
-            # The 16 bits of the high plane are one lane mask.
-            mask = at(builder, row.high, index, I16)
-            lanes = builder.bitcast(mask, ir.VectorType(I1, LANES))
-            high = builder.select(lanes, same(WORDS, 4), same(WORDS, 0))
-            codes = builder.or_(codes, high)
-        return [builder.sitofp(builder.sub(codes, zero), FLOATS)]
 
 
 def _place(builder: Any, base: Any, index: Any, width: int) -> tuple[Any, int]:

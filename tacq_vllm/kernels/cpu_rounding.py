@@ -20,25 +20,6 @@ from tacq_vllm.kernels.cpu_ir import (
     to_float,
 )
 
-ARGUMENTS = (
-    "x",
-    "x_tiles",
-    "codes",
-    "scales",
-    "sums",
-    "out",
-    "tokens",
-    "columns",
-    "groups",
-    "out_features",
-)
-"""What int8 kernels are given, as 64-bit integers, before the addresses of a weight.
-
-Addresses of x [tokens, in]; of memory for what is made of x; of the output [tokens,
-out], with room for whole tiles. Then sizes.
-"""
-
-
 _TO_INTEGER = 1.5 * 2.0**23
 """Added to a small float it leaves the nearest integer in the lowest bits."""
 

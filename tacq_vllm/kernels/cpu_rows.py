@@ -4,27 +4,11 @@ A layout of codes is a kind of `Rows`. Kept weights are in all of them the same.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from llvmlite import ir
-from numba.core import cgutils
-
-from tacq_vllm.kernels.cpu_ir import (
-    F32,
-    I16,
-    I32,
-    I64,
-    add_product,
-    at,
-    same,
-    splat,
-    stored_type,
-    to_float,
-)
 
 Load = Callable[[Any, Any], Any]
 """Reads elements of a type, of one or more groups, from an array at an address."""
@@ -60,10 +44,6 @@ class Rows(Hashable, Protocol):
         A lane of theirs has 4 · stride neighbouring columns: its four bytes of vector k
         are the columns k, k + stride, k + 2 stride and k + 3 stride of these.
         """
-
-    @property
-    def step(self) -> int:
-        """Columns that become floats at once."""
 
     @property
     def levels(self) -> int:
@@ -102,9 +82,6 @@ class Rows(Hashable, Protocol):
 
     def grid(self, builder: Any, row: Any, load: Load) -> tuple[Any, Any]:
         """The scale, a float, and the zero-point, an integer, of one or more groups."""
-
-    def floats(self, builder: Any, row: Any, index: Any, zero: Any) -> list[Any]:
-        """Codes less a zero-point, of a step of columns: `LANES` neighbours each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,38 +125,3 @@ class CpuWeight(NamedTuple):
 
     kind: WeightKind
     addresses: tuple[int, ...]
-
-
-@contextmanager
-def each_outlier(
-    builder: Any, row: Row, dtype: torch.dtype
-) -> Iterator[tuple[Any, Any]]:
-    """Loop over a row's kept weights: the column and the value, as float."""
-    first, last = (
-        builder.zext(at(builder, row.offsets, I64(number), I32), I64)
-        for number in (0, 1)
-    )
-    with cgutils.for_range_slice(builder, first, last, I64(1), I64) as (index, _):
-        entry = at(builder, row.entries, index, I32)
-        column = builder.zext(builder.and_(entry, I32(0xFFFF)), I64)
-        stored = builder.trunc(builder.lshr(entry, I32(16)), I16)
-        yield column, to_float(builder, stored, dtype)
-
-
-def outlier_products(
-    builder: Any,
-    row: Row,
-    dtype: torch.dtype,
-    x: Any,
-    tokens: int,
-    x_dtype: torch.dtype,
-) -> Any:
-    """A row's kept weights times x [in, tokens] at an address: a vector of floats."""
-    stored = ir.VectorType(stored_type(x_dtype), tokens)
-    kind = ir.VectorType(F32, tokens)
-    slot = cgutils.alloca_once(builder, kind)
-    builder.store(same(kind, 0), slot)
-    with each_outlier(builder, row, dtype) as (column, value):
-        values = to_float(builder, at(builder, x, column, stored), x_dtype)
-        add_product(builder, slot, splat(builder, value, kind), values)
-    return builder.load(slot)

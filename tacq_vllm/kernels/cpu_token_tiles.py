@@ -35,7 +35,7 @@ SUMS_BYTES = TOKENS * LANES * 4
 class TokenTiles:
     """All rows of x; the last is repeated to make whole tiles.
 
-    For every tile, `x_tiles` has x itself, [in, TOKENS]; and for every block of
+    For every tile, `tiles` has x itself, [in, TOKENS]; and for every block of
     columns there are `codes`: bytes [TOKENS, block]; `scales`: float32 [TOKENS];
     `sums`: int32 [TOKENS], what each token's integer sums begin with: of what the
     weights' bias adds, the negative.

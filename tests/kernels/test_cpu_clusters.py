@@ -29,18 +29,19 @@ if OBSTACLE is not None:
 from tacq_vllm.kernels import cpu_linear as kernel
 from tacq_vllm.kernels.cpu_amx import has_amx
 from tacq_vllm.kernels.cpu_clusters import clusters_weight
-from tacq_vllm.kernels.cpu_int8 import (
-    MAX_GEMV_TOKENS,
-    int8_linear,
-    int8_supports,
-)
-from tacq_vllm.kernels.cpu_linear import MAX_FUSED_TOKENS, backward, multiply
+from tacq_vllm.kernels.cpu_exact import MAX_FUSED_TOKENS
+from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear
+from tacq_vllm.kernels.cpu_linear import backward, multiply
 
 DOTS = available_dots()
 BEST = DOTS[0]
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 WAYS = ["exact", "int8", *["amx"] * has_amx()]
-COLUMNS = [(96, 96), (192, 96), (576, 192), (576, 96), (768, 384), (1536, 768)]
+COLUMNS = [
+    *[(96, 96), (192, 96), (576, 192), (576, 96), (768, 384), (1536, 768)],
+    # A chunk of 192 columns has parts of two groups.
+    *[(288, 288), (1440, 480)],
+]
 """Columns, and of a group."""
 
 
@@ -54,7 +55,7 @@ def activations(way: str) -> Iterator[None]:
 
 @given(
     out_features=st.integers(1, 70),
-    columns=st.sampled_from([*COLUMNS, (288, 288), (1440, 480)]),
+    columns=st.sampled_from(COLUMNS),
     whole_row=st.integers(1, 700) | st.none(),
     density=st.floats(0, 0.05),
     dtype=STORAGE_DTYPES,
@@ -135,6 +136,8 @@ def test_any_shape_in_8_bits(
         (BEST, 6, (576, 192)),
         (BEST, 130, (1536, 768)),
         (BEST, 8, (4096, -1)),
+        (BEST, 4, (4096, -1)),
+        (BEST, 2, (1440, 480)),
         (BEST, 5, (13, -1)),
     ],
 )
@@ -249,13 +252,9 @@ def test_what_pads_a_row_is_not_read_as_weights(way: str) -> None:
 
 def test_the_name_of_the_kernel() -> None:
     linear, _ = random_clustered(4, 192, 96, 0.0, torch.bfloat16, 8)
-    across, _ = random_clustered(4, 576, 288, 0.0, torch.bfloat16, 8)
 
     assert kernel.kernel_name(linear, torch.float32) == "cpu exact"
     assert kernel.kernel_name(linear, torch.bfloat16).startswith("cpu int8 ")
-    # A chunk of 192 columns has parts of two groups.
-    assert not int8_supports(clusters_weight(across))
-    assert kernel.kernel_name(across, torch.bfloat16) == "cpu exact"
     assert not kernel.supports(linear, torch.float64)
 
 

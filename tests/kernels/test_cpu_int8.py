@@ -24,13 +24,14 @@ from tests.kernels.cpu import (
 if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
+
 from tacq_vllm.kernels import cpu_int8
 from tacq_vllm.kernels import cpu_linear as kernel
 from tacq_vllm.kernels.activations import ACTIVATIONS_VARIABLE
-from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear, int8_supports
+from tacq_vllm.kernels.cpu_int8 import MAX_GEMV_TOKENS, int8_linear
 from tacq_vllm.kernels.cpu_linear import multiply
 from tacq_vllm.kernels.cpu_planes import planes_weight
-from tacq_vllm.kernels.cpu_token_lanes import TokenLanes
+from tacq_vllm.kernels.cpu_token_tiles import TokenTiles
 
 BITS = [2, 3, 4]
 DOTS = available_dots()
@@ -119,6 +120,19 @@ def test_any_shape(
             (8, 4096, 128),
             (6, 1536, 768),
             (5, 96, -1),
+            # Rows in several parts.
+            (1, 17408, -1),
+            (4, 8320, 64),
+        ]
+    ]
+    + [
+        # Groups that go across chunks of 256 columns.
+        (BEST, bits, *shape)
+        for bits, shape in [
+            (2, (1, 96, 48)),
+            (3, (4, 960, 96)),
+            (4, (9, 768, 192)),
+            (3, (5, 1440, 480)),
         ]
     ],
 )
@@ -206,10 +220,11 @@ def test_no_call_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch, dot: str) -
     use_dot(monkeypatch, dot)
     packed, _ = random_linear(3, 20, 64, 32, 0.02, torch.bfloat16, 7)
     kind, needed = planes_weight(packed).kind, set()
+    layout = TokenTiles(torch.bfloat16, 4, 64)
 
-    def make(*key: object) -> tuple[None, TokenLanes]:
+    def make(*key: object) -> tuple[None, TokenTiles]:
         needed.add(key)
-        return None, TokenLanes(torch.bfloat16, 4, 64, 4)
+        return None, layout
 
     monkeypatch.setattr(cpu_int8, "_kernel", make)
     kernel.warm_up(packed, torch.bfloat16, None)
@@ -247,14 +262,6 @@ def test_bias() -> None:
 def test_float32_is_exact() -> None:
     packed, dense = random_linear(3, 20, 64, 32, 0.02, torch.bfloat16, 9)
     x = random_input(3, 64, dtype=torch.float32)
-
-    assert_is_product(multiply(x, packed, None), x, dense)
-
-
-def test_groups_across_chunks_are_exact() -> None:
-    packed, dense = random_linear(2, 20, 96, 48, 0.02, torch.bfloat16, 9)
-    assert not int8_supports(planes_weight(packed))
-    x = random_input(3, 96, dtype=torch.bfloat16)
 
     assert_is_product(multiply(x, packed, None), x, dense)
 

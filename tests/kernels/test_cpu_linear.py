@@ -13,13 +13,12 @@ from tests.kernels.cpu import OBSTACLE, assert_bits_are_fixed, assert_tokens_are
 if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
+from tacq_vllm.kernels import cpu_exact
 from tacq_vllm.kernels import cpu_linear as kernel
-from tacq_vllm.kernels.cpu_linear import (
-    MAX_FUSED_TOKENS,
-    backward,
-    multiply,
-    supports,
-)
+from tacq_vllm.kernels.cpu_exact import MAX_FUSED_TOKENS
+from tacq_vllm.kernels.cpu_float_lanes import FloatLanes
+from tacq_vllm.kernels.cpu_linear import backward, multiply, supports
+from tacq_vllm.kernels.cpu_planes import planes_weight
 
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 BITS = [2, 3, 4]
@@ -69,6 +68,33 @@ def test_any_shape(
     assert_is_product(backward(grad, packed), grad, dense.T)
 
 
+@pytest.mark.parametrize(
+    ("bits", "tokens", "in_features", "group_size"),
+    [
+        # Rows in several parts, the last chunk whole or not.
+        (3, 1, 8960, -1),
+        (2, 3, 4096, 512),
+        (3, 8, 2400, 32),
+        (4, 8, 1344, 64),
+        # Groups that go across chunks.
+        (3, 1, 96, 48),
+        (4, 2, 960, 96),
+        (2, 8, 1440, 480),
+    ],
+)
+def test_parts_and_groups_of_a_row(
+    bits: int, tokens: int, in_features: int, group_size: int
+) -> None:
+    packed, dense = random_linear(
+        bits, 37, in_features, group_size, 0.02, torch.bfloat16, 11
+    )
+    x = random_input(tokens, in_features)
+
+    assert_is_product(multiply(x, packed, None), x, dense)
+    grad = random_input(tokens, 37)
+    assert_is_product(backward(grad, packed), grad, dense.T)
+
+
 @pytest.mark.parametrize("bits", BITS)
 @uneven_outliers
 def test_uneven_outliers(bits: int, density: float, rows: slice) -> None:
@@ -112,7 +138,7 @@ def test_blocks_of_any_size(
 ) -> None:
     packed, dense = random_linear(3, 50, 64, 16, 0.03, torch.float16, 10)
     x = random_input(MAX_FUSED_TOKENS + 1, 64)
-    monkeypatch.setattr(kernel, "BLOCK_WEIGHTS", block_weights)
+    monkeypatch.setattr(cpu_exact, "BLOCK_WEIGHTS", block_weights)
 
     assert_is_product(multiply(x, packed, None), x, dense)
     grad = random_input(3, 50)
@@ -162,16 +188,21 @@ def test_inputs_are_left_alone() -> None:
 
 
 def test_no_call_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, _ = random_linear(3, 8, 64, 16, 0.02, torch.float16, 8)
-    needed = set()
-    for name in ("_exact_linear", "_exact_dequantize"):
-        monkeypatch.setattr(kernel, name, lambda *key: needed.add(key))
-    monkeypatch.setattr(kernel, "_run_exact", lambda *arguments: None)
+    packed, _ = random_linear(3, 20, 64, 32, 0.02, torch.bfloat16, 7)
+    kind, needed = planes_weight(packed).kind, set()
+    layout = cpu_exact._gemv(*cpu_exact._compiled_for(kind), 1)[1]
+
+    def make(*key: object) -> tuple[None, FloatLanes]:
+        needed.add(key)
+        return None, layout
+
+    monkeypatch.setattr(cpu_exact, "_gemv", make)
+    monkeypatch.setattr(cpu_exact, "_dequantize", lambda *key: needed.add(key))
     kernel.warm_up(packed, torch.float32, None)
     warm = set(needed)
 
-    for tokens in range(1, MAX_FUSED_TOKENS + 3):
-        multiply(random_input(tokens, 64), packed, None)
+    for tokens in range(1, MAX_FUSED_TOKENS + 1):
+        cpu_exact._call.__wrapped__(kind, tokens)
 
     assert needed == warm
     assert len(warm) == 5

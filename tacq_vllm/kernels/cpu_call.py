@@ -1,0 +1,79 @@
+"""Calls of CPU kernels: memory for what is made of x, and for the output."""
+
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tacq_vllm.kernels.cpu_rows import CpuWeight
+from tacq_vllm.kernels.openmp import get_openmp
+
+ARGUMENTS = (
+    "x",
+    "tiles",
+    "codes",
+    "scales",
+    "sums",
+    "out",
+    "tokens",
+    "columns",
+    "groups",
+    "out_features",
+)
+"""What kernels are given, as 64-bit integers, before the addresses of a weight.
+
+Addresses of x [tokens, in]; of memory for what is made of x, the `areas`; of the output
+[tokens, out], with room for whole tiles. Then sizes.
+"""
+
+AREAS = 4
+"""Pieces of memory for what is made of x."""
+
+
+class Layout(Protocol):
+    """What is made of rows of x."""
+
+    def room(self, tokens: int) -> int:
+        """Rows of the output that are written."""
+
+    def sizes(self, tokens: int, columns: int) -> tuple[int, int, int, int]:
+        """Bytes of the areas."""
+
+
+class Call(NamedTuple):
+    """What calls with the same number of tokens have in common."""
+
+    kernel: Any
+    areas: tuple[int, ...]
+    """Where they begin in the memory for what is made of x."""
+    nbytes: int
+    """Of that memory."""
+    room: int
+    """Rows of the output that are written."""
+
+    def run(self, x: Tensor, weight: CpuWeight) -> Tensor:
+        """Multiply x [tokens, columns], contiguous, with the weight: [tokens, out]."""
+        kind, count = weight.kind, x.shape[0]
+        memory = torch.empty(self.nbytes, dtype=torch.uint8)
+        out = torch.empty(self.room, kind.out_features, dtype=x.dtype)
+        start = memory.data_ptr()
+        get_openmp().run(
+            self.kernel,
+            x.data_ptr(),
+            *[start + area for area in self.areas],
+            out.data_ptr(),
+            count,
+            kind.columns,
+            kind.groups,
+            kind.out_features,
+            *weight.addresses,
+        )
+        return out if self.room == count else out[:count]
+
+
+def prepare(kernel: Any, layout: Layout, tokens: int, columns: int) -> Call:
+    """All that a call depends on but where its tensors are; a token makes hundreds."""
+    sizes = [-(-size // 64) * 64 for size in layout.sizes(tokens, columns)]
+    *areas, nbytes = accumulate(sizes, initial=0)
+    return Call(kernel, tuple(areas), nbytes, layout.room(tokens))
