@@ -127,7 +127,7 @@ def cpu_seconds(kernels: list[Kernel], x: Tensor, least: float) -> list[float]:
     for kernel in kernels:
         with kernel.chosen():
             kernel.multiply(x, kernel.weights[0])
-    turn, burst = 0, BURST if x.shape[0] <= 64 else 1
+    turn, burst = 0, BURST if x.shape[0] <= 256 else 1
     while turn < 2 or min(map(sum, seconds)) < least:
         for kernel, times in zip(kernels, seconds, strict=True):
             with kernel.chosen():
