@@ -1,9 +1,10 @@
-"""What 8-bit activations cost: perplexity of one checkpoint, read in three ways.
+"""What 8-bit activations cost: perplexity of one checkpoint, read in several ways.
 
     python benchmarks/activations.py CHECKPOINT --data-root DIR --output RESULTS.json
 
 WikiText-2 perplexity over the first 24 windows of 1024 tokens of the test text, with
-the packed linears in float32, in bfloat16, and in bfloat16 with x rounded to 8 bits.
+the packed linears in float32, in bfloat16, and in bfloat16 with x rounded to 8 bits; on
+a processor with AMX also as it reads more than a few tokens, in bfloat16 throughout.
 """
 
 import argparse
@@ -20,9 +21,16 @@ from tacq_vllm.evaluate.samples import SampleLog
 from tacq_vllm.evaluate.text import perplexity
 from tacq_vllm.evaluate.transformers_runner import open_transformers
 from tacq_vllm.kernels import cpu_linear
+from tacq_vllm.kernels.cpu_amx import has_amx
 from tacq_vllm.quantize.progress import Progress
 
-READINGS = (("float32", "exact"), ("bfloat16", "exact"), ("bfloat16", "int8"))
+READINGS = [
+    ("float32", "exact", False),
+    ("bfloat16", "exact", False),
+    ("bfloat16", "int8", False),
+    *[("bfloat16", "int8", True)] * has_amx(),
+]
+"""The type of x, what is made of it, and whether AMX multiplies."""
 CPU = torch.device("cpu")
 WINDOW = 1024
 
@@ -40,8 +48,11 @@ def main() -> None:
 
     documents = load_named_set("wikitext2", "evaluation", arguments.data_root).documents
     rows = []
-    for dtype, activations in READINGS:
-        with patch.object(cpu_linear, "activations", lambda chosen=activations: chosen):
+    for dtype, activations, by_amx in READINGS:
+        with (
+            patch.object(cpu_linear, "activations", lambda chosen=activations: chosen),
+            patch.object(cpu_linear, "has_amx", lambda chosen=by_amx: chosen),
+        ):
             runner = open_transformers(
                 str(arguments.checkpoint),
                 getattr(torch, dtype),
@@ -57,6 +68,7 @@ def main() -> None:
             "checkpoint": arguments.checkpoint.name,
             "dtype": dtype,
             "activations": activations,
+            "amx": by_amx,
             "date": time.strftime("%Y-%m-%d"),
             "wikitext2 ppl": score.value,
         }
