@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from gpu_peers import gpu_kernels
 from machine import device_name
-from peers import MANY, Kernel, copies, int4_kernels, sixteen_bit_kernels
+from peers import BURST, MANY, Kernel, copies, int4_kernels, sixteen_bit_kernels
 from torch import Tensor
 
 from tacq_vllm.format.clustered import ClusteredLinear
@@ -39,9 +39,9 @@ SHAPES = {
     "llama3-8b": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
 }
 OUTLIER_RATIO = 0.0035
-BURST = 6
 
 
+@torch.inference_mode()
 def main() -> None:
     """Run the matrix and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -13,6 +13,9 @@ from torch.nn.functional import linear
 
 from tacq_vllm.kernels import cpu_linear
 
+BURST = 6
+"""Products of a kernel before the next one's turn; on a CPU no copy is read twice."""
+
 ROTATED_BYTES = 128 << 20
 MANY = 1 << 30
 
@@ -44,8 +47,8 @@ class Kernel:
 
 
 def copies(nbytes: int) -> int:
-    """Copies of a weight that no cache holds."""
-    return max(2, ROTATED_BYTES // nbytes)
+    """Copies of a weight that no cache holds, with those of the other kernels."""
+    return max(BURST, ROTATED_BYTES // nbytes)
 
 
 def sixteen_bit_kernels(n: int, k: int) -> Iterator[Kernel]:
@@ -61,7 +64,14 @@ def sixteen_bit_kernels(n: int, k: int) -> Iterator[Kernel]:
 
     kernel = Kernel("torch_linear_bf16", 16, 0, weights, linear, dense, 2 * n * k)
     yield kernel
-    yield replace(kernel, name="torch_mv_bf16", multiply=multiply_one, max_tokens=1)
+    yield replace(
+        kernel,
+        name="torch_mv_bf16",
+        multiply=multiply_one,
+        max_tokens=1,
+        # `linear` has just read its own.
+        weights=[weight.clone() for weight in weights],
+    )
     floats = [weight.float() for weight in weights[: copies(4 * n * k)]]
     yield Kernel("torch_linear_fp32", 32, 0, floats, linear_float, dense, 4 * n * k)
 
