@@ -15,17 +15,19 @@ from numba.extending import intrinsic
 
 from tacq_vllm.kernels.cpu_amx_tiles import (
     AHEAD_BYTES,
+    MAX_BLOCK_CHUNKS,
     PAIR,
     ROWS,
     TILE_BYTES,
     TOKENS,
+    block_finder,
     last_halvings,
     round_both,
     tiles_ender,
     tiles_product,
     tiles_starter,
 )
-from tacq_vllm.kernels.cpu_amx_tokens import BLOCK_CHUNKS, AmxTokens, tokens_arranger
+from tacq_vllm.kernels.cpu_amx_tokens import AmxTokens, tokens_arranger
 from tacq_vllm.kernels.cpu_amx_weight import AmxWeight, unpacker
 from tacq_vllm.kernels.cpu_ir import (
     FLOATS,
@@ -89,7 +91,7 @@ def compile_gemm(weight: AmxWeight, tokens: AmxTokens, team: Team) -> Any:
     arrange = tokens_arranger(tokens, team)
     begin, end = tiles_starter(), tiles_ender()
     multiply, finish = _block_product(weight), _block_end(tokens)
-    reserve_panels = reserver(PAIR * BLOCK_CHUNKS * weight.chunk_bytes)
+    reserve_panels = reserver(PAIR * MAX_BLOCK_CHUNKS * weight.chunk_bytes)
     reserve_sums = reserver(_HEIGHT * _SLAB * TILE_BYTES)
     reserve_kept = reserver(_HEIGHT * ROWS * 4)
     arguments = len(_ARGUMENTS) + weight.reader.rows.addresses
@@ -131,8 +133,9 @@ def _block_product(weight: AmxWeight) -> Any:
     """
     unpack, multiply = unpacker(weight), _panels_product(weight)
     width, chunk_bytes = weight.reader.columns, weight.chunk_bytes
-    panel_bytes, steps = BLOCK_CHUNKS * chunk_bytes, len(weight.steps)
-    halve, head = last_halvings(width, steps), len(_ARGUMENTS)
+    panel_bytes, steps = MAX_BLOCK_CHUNKS * chunk_bytes, len(weight.steps)
+    halve, find_block = last_halvings(width, steps), block_finder(width, steps)
+    head = len(_ARGUMENTS)
 
     @numba.njit
     def multiply_block(a, slab, block, memory):
@@ -140,8 +143,9 @@ def _block_product(weight: AmxWeight) -> Any:
         panels, sums, kept = memory
         chunks = (columns + width - 1) // width
         tiles = (a[3] + TOKENS - 1) // TOKENS
-        for chunk in range(0, chunks, BLOCK_CHUNKS):
-            end = min(chunk + BLOCK_CHUNKS, chunks)
+        chunk = 0
+        while chunk < chunks:
+            _, end = find_block(chunk, columns)
             count = (end - chunk) * steps
             if end > columns // width:
                 count += (steps >> halve(columns)) - steps
@@ -173,6 +177,7 @@ def _block_product(weight: AmxWeight) -> Any:
                     sums + number * _SLAB * TILE_BYTES,
                     next_place + number * _ASKED,
                 )
+            chunk = end
 
     return multiply_block
 
@@ -186,7 +191,7 @@ def _panels_product(weight: AmxWeight) -> Any:
     a part is asked for.
     """
     multiply_pair, multiply_one = tiles_product(PAIR), tiles_product(1)
-    panel_bytes = BLOCK_CHUNKS * weight.chunk_bytes
+    panel_bytes = MAX_BLOCK_CHUNKS * weight.chunk_bytes
 
     @numba.njit
     def multiply(panels, count, tiles, tokens, size, steps, begins, sums, ahead):

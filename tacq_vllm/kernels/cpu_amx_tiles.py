@@ -43,6 +43,12 @@ PAIR = 2
 AHEAD_BYTES = 128
 """Bytes that are asked for in every step."""
 
+BLOCK_CHUNKS = 2
+"""Chunks of a weight that are unpacked and multiplied together, in the first cache."""
+
+MAX_BLOCK_CHUNKS = BLOCK_CHUNKS + 1
+"""The most: with a part of one that is left."""
+
 _STRIDE = 64
 _NOTHING = ir.VoidType()
 _SUMS, _WEIGHT, _X = (0, 1, 2, 3), (4, 5), (6, 7)
@@ -89,6 +95,36 @@ def last_halvings(width: int, steps: int) -> Any:
         return 2 if by_four and 4 * rest <= width else 1
 
     return halvings
+
+
+def block_finder(width: int, steps: int) -> Any:
+    """Compile the bounds of the block that a chunk belongs to.
+
+    Blocks are of `BLOCK_CHUNKS`. A quarter of a chunk that is left belongs to the one
+    before: sums go through memory for every block.
+
+    Args:
+        width: columns of a chunk.
+        steps: of a whole one.
+
+    Returns:
+        A function of the chunk and the number of columns: the block's first chunk, and
+        the one that follows its last.
+    """
+    halve = last_halvings(width, steps)
+
+    @numba.njit
+    def find_block(chunk, columns):
+        chunks = (columns + width - 1) // width
+        blocks = (chunks + BLOCK_CHUNKS - 1) // BLOCK_CHUNKS
+        is_alone = chunks % BLOCK_CHUNKS == 1
+        if is_alone and blocks > 1 and halve(columns) == 2:
+            blocks -= 1
+        block = min(chunk // BLOCK_CHUNKS, blocks - 1)
+        first = block * BLOCK_CHUNKS
+        return first, chunks if block == blocks - 1 else first + BLOCK_CHUNKS
+
+    return find_block
 
 
 def put_steps(builder: Any, place: Any, vectors: list[Any], halvings: Any) -> None:

@@ -12,6 +12,7 @@ from numba.extending import intrinsic
 from tacq_vllm.kernels.cpu_amx_tiles import (
     TILE_BYTES,
     TOKENS,
+    block_finder,
     chunk_steps,
     last_halvings,
     put_steps,
@@ -32,9 +33,6 @@ from tacq_vllm.kernels.cpu_ir import (
     to_float,
     transpose,
 )
-
-BLOCK_CHUNKS = 2
-"""Chunks that are multiplied before sums go to memory."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def tokens_arranger(tokens: AmxTokens, team: Team) -> Any:
     read, turn = _read_token(tokens), _turn_tokens()
     width, chunk_bytes = tokens.columns, tokens.chunk_bytes
     steps = len(chunk_steps(tokens.stride))
-    halve = last_halvings(width, steps)
+    halve, find_block = last_halvings(width, steps), block_finder(width, steps)
     reserve = reserver(chunk_bytes)
 
     @numba.njit
@@ -100,9 +98,8 @@ def tokens_arranger(tokens: AmxTokens, team: Team) -> Any:
                     lines + number * 64,
                     halvings,
                 )
-            first = chunk // BLOCK_CHUNKS * BLOCK_CHUNKS
-            length = min(BLOCK_CHUNKS, chunks - first)
-            place = first * size + tile * length + chunk - first
+            first, end = find_block(chunk, columns)
+            place = first * size + tile * (end - first) + chunk - first
             whole = chunk < columns // width
             for step in range(steps if whole else steps >> halvings):
                 offset = step * TILE_BYTES

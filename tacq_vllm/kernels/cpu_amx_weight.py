@@ -12,6 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tacq_vllm.kernels.cpu_amx_tiles import (
+    BLOCK_CHUNKS,
     ROWS,
     TILE_BYTES,
     chunk_steps,
@@ -19,7 +20,6 @@ from tacq_vllm.kernels.cpu_amx_tiles import (
     put_steps,
     round_both,
 )
-from tacq_vllm.kernels.cpu_amx_tokens import BLOCK_CHUNKS
 from tacq_vllm.kernels.cpu_chunks import ChunkReader
 from tacq_vllm.kernels.cpu_ir import (
     FLOATS,
