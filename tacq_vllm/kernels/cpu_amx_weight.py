@@ -149,7 +149,7 @@ def _weights(
         for first in range(0, _QUARTER, lanes)
     ]
     steps = []
-    for codes in reader.codes(builder, row, index, rest):
+    for codes in reader.rows.codes(builder, row, index, rest):
         low, high = (
             _look_up(builder, list(parts), builder.bitcast(codes, BYTES))
             for parts in zip(*tables, strict=True)

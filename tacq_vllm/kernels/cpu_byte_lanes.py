@@ -59,11 +59,11 @@ class ByteLanes:
         return 64 // self.tile
 
     def room(self, tokens: int) -> int:
-        """See `Lanes`."""
+        """See `Layout`."""
         return self.tile
 
     def sizes(self, tokens: int, columns: int) -> tuple[int, int, int, int]:
-        """See `Lanes`."""
+        """See `Layout`."""
         chunks = -(-columns // self.reader.columns)
         lanes = self.tile * chunks * LANES * 4
         return 0, self.tile * chunks * self.reader.columns, lanes, lanes
@@ -111,7 +111,7 @@ class ByteLanes:
     ) -> None:
         """See `Lanes`."""
         reader = self.reader
-        codes = reader.codes(builder, row, index, rest)
+        codes = reader.rows.codes(builder, row, index, rest)
         scale, zero = grid
         minus_zero = builder.neg(zero)
         _, x_codes, x_scales, x_sums = areas

@@ -68,25 +68,21 @@ class ChunkReader:
         stride = self.rows.stride
         return [word + stride * byte for word in range(stride) for byte in range(4)]
 
-    def codes(self, builder: Any, row: Any, index: Any, rest: Any) -> list[Any]:
-        """The codes of a chunk, one per byte: a vector for each word of a lane.
-
-        Args:
-            builder: what appends instructions.
-            row: the row.
-            index: the chunk's number.
-            rest: how many of its columns exist; None: all.
-        """
-        return self.rows.codes(builder, row, index, rest)
-
     def floats(
         self, builder: Any, row: Any, index: Any, rest: Any, zero: Any
     ) -> list[Any]:
         """The codes of a chunk less zero-points: floats, a vector for each column.
 
         Those for byte 0 to 3 of the first word of every lane, then of the next.
+
+        Args:
+            builder: what appends instructions.
+            row: the row.
+            index: the chunk's number.
+            rest: how many of its columns exist; None: all.
+            zero: the zero-points of its lanes.
         """
-        words = self.codes(builder, row, index, rest)
+        words = self.rows.codes(builder, row, index, rest)
         return _differences(builder, words, builder.sitofp(zero, FLOATS))
 
     def grid(self, builder: Any, row: Any, index: Any, rest: Any) -> tuple[Any, Any]:

@@ -45,11 +45,11 @@ class FloatLanes:
         return 32 // self.tile
 
     def room(self, tokens: int) -> int:
-        """See `Lanes`."""
+        """See `Layout`."""
         return self.tile
 
     def sizes(self, tokens: int, columns: int) -> tuple[int, int, int, int]:
-        """See `Lanes`."""
+        """See `Layout`."""
         chunks = -(-columns // self.reader.columns)
         return self.tile * chunks * self.reader.columns * 4, 0, 0, 0
 

@@ -4,12 +4,13 @@ from typing import Any, Protocol
 
 import torch
 
+from tacq_vllm.kernels.cpu_call import Layout
 from tacq_vllm.kernels.cpu_chunks import ChunkReader
 from tacq_vllm.kernels.cpu_ir import Team
 from tacq_vllm.kernels.cpu_rows import Row
 
 
-class Lanes(Protocol):
+class Lanes(Layout, Protocol):
     """All rows of x, at most a tile of them; the last is repeated to make one."""
 
     @property
@@ -27,12 +28,6 @@ class Lanes(Protocol):
     @property
     def part(self) -> int:
         """Chunks of x that stay in the first cache."""
-
-    def room(self, tokens: int) -> int:
-        """Rows of the output that are written."""
-
-    def sizes(self, tokens: int, columns: int) -> tuple[int, int, int, int]:
-        """Bytes of the areas."""
 
     def arranger(self, team: Team) -> Any:
         """Compile what fills the areas, given a kernel's arguments.

@@ -134,7 +134,7 @@ def _weights(
     added = builder.bitcast(byte_shift, bytes_type)
     weights = [
         builder.bitcast(builder.add(builder.bitcast(codes, bytes_type), added), WORDS)
-        for codes in reader.codes(builder, row, index, rest)
+        for codes in reader.rows.codes(builder, row, index, rest)
     ]
     return scale, weights
 
