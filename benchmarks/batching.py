@@ -10,16 +10,13 @@ same, token by token.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+from apart import report, run_apart
 from machine import device_name
 
-MARK = "answers: "
 TOKENS = 32
 TOGETHER = (4, 16)
 SUBJECTS = (
@@ -45,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run:
         (checkpoint,) = arguments.checkpoints
-        print(MARK + json.dumps(count_same(checkpoint)))
+        report(count_same(checkpoint))
         return
     rows = []
     for checkpoint in arguments.checkpoints:
@@ -55,27 +52,12 @@ def main() -> None:
             "date": time.strftime("%Y-%m-%d"),
             "tokens": TOKENS,
             "answers": len(SUBJECTS) * len(QUESTIONS),
-            **run_apart(checkpoint),
+            **run_apart(__file__, checkpoint, cache_gib=2),
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def run_apart(checkpoint: Path) -> dict[str, int]:
-    """The counts of a checkpoint, in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, __file__, "--run", str(checkpoint)],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    # vLLM's processes write to the same stream.
-    (line,) = (line for line in result.stdout.splitlines() if line.startswith(MARK))
-    counts: dict[str, int] = json.loads(line.removeprefix(MARK))
-    return counts
 
 
 def count_same(checkpoint: Path) -> dict[str, int]:

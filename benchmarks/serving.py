@@ -10,10 +10,7 @@ by their difference in tokens; the models take turns. Writes a JSON list and pri
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from apart import report, run_apart
 from machine import device_name
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -28,7 +26,6 @@ from tacq_vllm.format.schema import QuantizationSchema
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 OUTLIER_RATIO = 0.0035
-MARK = "seconds per token: "
 PROMPT, SHORT, LONG = 32, 8, 72
 MODELS = {
     "smollm2": LlamaConfig(
@@ -72,7 +69,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        print(MARK + json.dumps(time_tokens(arguments.run)))
+        report(time_tokens(arguments.run))
         return
 
     rows = []
@@ -84,7 +81,7 @@ def main() -> None:
             seconds: dict[Path, list[float]] = {plain: [], packed: []}
             for _ in range(arguments.turns):
                 for path, times in seconds.items():
-                    times += run_apart(path)
+                    times += run_apart(__file__, path, cache_gib=1)
         medians = {path: statistics.median(times) for path, times in seconds.items()}
         row: dict[str, Any] = {
             "model": name,
@@ -126,21 +123,6 @@ def write_configs(config: LlamaConfig, bits: int, group_size: int, folder: str) 
     )
     config.quantization_config = json.loads(schema.model_dump_json())
     config.save_pretrained(Path(folder) / "packed")
-
-
-def run_apart(folder: Path) -> list[float]:
-    """Seconds per token of a model, measured in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, __file__, "--run", str(folder)],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    # vLLM's processes write to the same stream.
-    (line,) = (line for line in result.stdout.splitlines() if line.startswith(MARK))
-    seconds: list[float] = json.loads(line.removeprefix(MARK))
-    return seconds
 
 
 def engine_options() -> dict[str, Any]:

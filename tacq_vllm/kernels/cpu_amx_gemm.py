@@ -29,6 +29,7 @@ from tacq_vllm.kernels.cpu_amx_tiles import (
 )
 from tacq_vllm.kernels.cpu_amx_tokens import AmxTokens, tokens_arranger
 from tacq_vllm.kernels.cpu_amx_weight import AmxWeight, unpacker
+from tacq_vllm.kernels.cpu_call import ARGUMENTS
 from tacq_vllm.kernels.cpu_ir import (
     FLOATS,
     I16,
@@ -58,22 +59,6 @@ _HEIGHT = 32
 _ASKED = 8 * AHEAD_BYTES
 """Bytes of a tile of tokens that are asked for beside a panel."""
 
-_ARGUMENTS = (
-    "x",
-    "tiles",
-    "out",
-    "tokens",
-    "columns",
-    "groups",
-    "out_features",
-    "taken",
-)
-"""What the kernel is given, as 64-bit integers, before the addresses of a weight.
-
-Addresses of x [tokens, in]; of memory for its tiles; of the output [tokens, out], with
-room for whole tiles. Then sizes, and 0.
-"""
-
 
 def compile_gemm(weight: AmxWeight, tokens: AmxTokens, team: Team) -> Any:
     """Compile out[t, r] = x[t] · W[r].
@@ -87,21 +72,21 @@ def compile_gemm(weight: AmxWeight, tokens: AmxTokens, team: Team) -> Any:
         A C function void(int64 *arguments) with an `address`, to be called by every
         thread of a team; 16 rows of the weight belong to one thread.
     """
-    take, num_threads = taker(_ARGUMENTS.index("taken")), team.num_threads
+    take, num_threads = taker(ARGUMENTS.index("taken")), team.num_threads
     arrange = tokens_arranger(tokens, team)
     begin, end = tiles_starter(), tiles_ender()
     multiply, finish = _block_product(weight), _block_end(tokens)
     reserve_panels = reserver(PAIR * MAX_BLOCK_CHUNKS * weight.chunk_bytes)
     reserve_sums = reserver(_HEIGHT * _SLAB * TILE_BYTES)
     reserve_kept = reserver(_HEIGHT * ROWS * 4)
-    arguments = len(_ARGUMENTS) + weight.reader.rows.addresses
+    arguments = len(ARGUMENTS) + weight.reader.rows.addresses
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
         a = numba.carray(pointer, arguments, numba.int64)
-        arrange(a[0], a[1], a[3], a[4])
-        panels = (a[6] + ROWS - 1) // ROWS
-        tiles = (a[3] + TOKENS - 1) // TOKENS
+        arrange(a[0], a[1], a[6], a[7])
+        panels = (a[9] + ROWS - 1) // ROWS
+        tiles = (a[6] + TOKENS - 1) // TOKENS
         # Even, as panels are multiplied in pairs.
         size = panels // (_UNITS * num_threads()) // PAIR * PAIR
         size = max(PAIR, min(size, _HEIGHT))
@@ -135,14 +120,14 @@ def _block_product(weight: AmxWeight) -> Any:
     width, chunk_bytes = weight.reader.columns, weight.chunk_bytes
     panel_bytes, steps = MAX_BLOCK_CHUNKS * chunk_bytes, len(weight.steps)
     halve, find_block = last_halvings(width, steps), block_finder(width, steps)
-    head = len(_ARGUMENTS)
+    head = len(ARGUMENTS)
 
     @numba.njit
     def multiply_block(a, slab, block, memory):
-        columns, groups, rows = a[4], a[5], a[6]
+        columns, groups, rows = a[7], a[8], a[9]
         panels, sums, kept = memory
         chunks = (columns + width - 1) // width
-        tiles = (a[3] + TOKENS - 1) // TOKENS
+        tiles = (a[6] + TOKENS - 1) // TOKENS
         chunk = 0
         while chunk < chunks:
             _, end = find_block(chunk, columns)
@@ -219,7 +204,7 @@ def _block_end(tokens: AmxTokens) -> Any:
 
     @numba.njit
     def finish_block(a, slab, block, memory):
-        out, rows, sums = a[2], a[6], memory[1]
+        out, rows, sums = a[5], a[9], memory[1]
         spare = reserve()
         for panel in range(block[0], block[1], PAIR):
             row, number = panel * ROWS, (panel - block[0]) * _SLAB

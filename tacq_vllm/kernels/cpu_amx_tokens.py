@@ -1,7 +1,7 @@
 """What many rows of x become for AMX: pairs of columns times 16 tokens, in bfloat16."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numba
 import torch
@@ -49,6 +49,8 @@ class AmxTokens:
     stride: int
     """See `Rows`."""
 
+    tile: ClassVar[int] = TOKENS
+
     @property
     def columns(self) -> int:
         """Columns of a chunk."""
@@ -59,14 +61,10 @@ class AmxTokens:
         """Of the tiles of a chunk and 16 tokens."""
         return len(chunk_steps(self.stride)) * TILE_BYTES
 
-    def room(self, tokens: int) -> int:
-        """Rows of the output that are written."""
-        return -(-tokens // TOKENS) * TOKENS
-
-    def size(self, tokens: int, columns: int) -> int:
-        """Bytes of all tiles."""
+    def sizes(self, tokens: int, columns: int) -> tuple[int, int, int, int]:
+        """Bytes of all tiles; nothing else is made of x."""
         chunks = -(-columns // self.columns)
-        return self.room(tokens) // TOKENS * chunks * self.chunk_bytes
+        return -(-tokens // TOKENS) * chunks * self.chunk_bytes, 0, 0, 0
 
 
 def tokens_arranger(tokens: AmxTokens, team: Team) -> Any:

@@ -58,10 +58,6 @@ class ByteLanes:
         """See `Lanes`."""
         return 64 // self.tile
 
-    def room(self, tokens: int) -> int:
-        """See `Layout`."""
-        return self.tile
-
     def sizes(self, tokens: int, columns: int) -> tuple[int, int, int, int]:
         """See `Layout`."""
         chunks = -(-columns // self.reader.columns)

@@ -20,11 +20,13 @@ ARGUMENTS = (
     "columns",
     "groups",
     "out_features",
+    "taken",
 )
 """What kernels are given, as 64-bit integers, before the addresses of a weight.
 
 Addresses of x [tokens, in]; of memory for what is made of x, the `areas`; of the output
-[tokens, out], with room for whole tiles. Then sizes.
+[tokens, out], with room for whole tiles. Then sizes; and 0, to count in what threads
+have taken.
 """
 
 AREAS = 4
@@ -34,8 +36,9 @@ AREAS = 4
 class Layout(Protocol):
     """What is made of rows of x."""
 
-    def room(self, tokens: int) -> int:
-        """Rows of the output that are written."""
+    @property
+    def tile(self) -> int:
+        """Tokens that are worked on together: whole tiles of the output are written."""
 
     def sizes(self, tokens: int, columns: int) -> tuple[int, int, int, int]:
         """Bytes of the areas."""
@@ -67,6 +70,7 @@ class Call(NamedTuple):
             kind.columns,
             kind.groups,
             kind.out_features,
+            0,
             *weight.addresses,
         )
         return out if self.room == count else out[:count]
@@ -76,4 +80,4 @@ def prepare(kernel: Any, layout: Layout, tokens: int, columns: int) -> Call:
     """All that a call depends on but where its tensors are; a token makes hundreds."""
     sizes = [-(-size // 64) * 64 for size in layout.sizes(tokens, columns)]
     *areas, nbytes = accumulate(sizes, initial=0)
-    return Call(kernel, tuple(areas), nbytes, layout.room(tokens))
+    return Call(kernel, tuple(areas), nbytes, -(-tokens // layout.tile) * layout.tile)

@@ -34,16 +34,6 @@ _MANTISSA = 23
 _EXPONENT_BIAS = 127
 
 
-def lane_span(rows: Rows) -> int:
-    """Columns of a lane."""
-    return 4 * rows.stride
-
-
-def group_columns(kind: WeightKind) -> int:
-    """Columns of a group as a `ChunkReader` takes them: 0 for the row."""
-    return 0 if kind.groups == 1 else kind.group_size
-
-
 @dataclass(frozen=True)
 class ChunkReader:
     """Reads chunks of rows."""
@@ -55,7 +45,7 @@ class ChunkReader:
     @property
     def span(self) -> int:
         """Columns of a lane."""
-        return lane_span(self.rows)
+        return 4 * self.rows.stride
 
     @property
     def columns(self) -> int:
@@ -123,6 +113,11 @@ class ChunkReader:
             lane = builder.add(first, builder.select(is_there, I64(number), last))
             groups.append(builder.udiv(lane, I64(self.group_size // self.span)))
         return groups
+
+
+def chunk_reader(kind: WeightKind) -> ChunkReader:
+    """What reads weights of a kind."""
+    return ChunkReader(kind.rows, 0 if kind.groups == 1 else kind.group_size)
 
 
 def _some(builder: Any, base: Any, first: Any, kind: Any, valid: Any) -> Any:

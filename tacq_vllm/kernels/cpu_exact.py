@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from tacq_vllm.kernels.cpu_call import Call, prepare
-from tacq_vllm.kernels.cpu_chunks import ChunkReader, group_columns
+from tacq_vllm.kernels.cpu_chunks import ChunkReader, chunk_reader
 from tacq_vllm.kernels.cpu_dequantize import compile_dequantize
 from tacq_vllm.kernels.cpu_float_lanes import FloatLanes
 from tacq_vllm.kernels.cpu_gemv import compile_gemv
-from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows, WeightKind
+from tacq_vllm.kernels.cpu_rows import CpuWeight, WeightKind
 from tacq_vllm.kernels.openmp import get_openmp
 from tacq_vllm.kernels.reference import BLOCK_WEIGHTS
 
@@ -48,10 +48,10 @@ def exact_backward(grad: Tensor, weight: CpuWeight) -> Tensor:
 
 def warm_up(weight: CpuWeight) -> None:
     """Compile the kernels for weights like these."""
-    kind = _compiled_for(weight.kind)
-    _dequantize(*kind)
+    reader = chunk_reader(weight.kind)
+    _dequantize(reader)
     for tile in {_tile(count) for count in range(1, MAX_FUSED_TOKENS + 1)}:
-        _gemv(*kind, tile)
+        _gemv(reader, tile)
 
 
 def _blocks(weight: CpuWeight) -> Iterator[tuple[int, int, Tensor]]:
@@ -62,7 +62,7 @@ def _blocks(weight: CpuWeight) -> Iterator[tuple[int, int, Tensor]]:
     kind = weight.kind
     rows = max(1, BLOCK_WEIGHTS // kind.columns)
     block = torch.empty(rows, kind.columns)
-    kernel = _dequantize(*_compiled_for(kind))
+    kernel = _dequantize(chunk_reader(kind))
     for start in range(0, kind.out_features, rows):
         stop = min(start + rows, kind.out_features)
         get_openmp().run(
@@ -81,7 +81,7 @@ def _blocks(weight: CpuWeight) -> Iterator[tuple[int, int, Tensor]]:
 @functools.lru_cache(maxsize=1024)
 def _call(kind: WeightKind, count: int) -> Call:
     """What products with so many tokens have in common."""
-    kernel, lanes = _gemv(*_compiled_for(kind), _tile(count))
+    kernel, lanes = _gemv(chunk_reader(kind), _tile(count))
     return prepare(kernel, lanes, count, kind.columns)
 
 
@@ -90,19 +90,14 @@ def _tile(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _compiled_for(kind: WeightKind) -> tuple[Rows, int]:
-    """What kernels are compiled for: how rows are stored; columns of a group."""
-    return kind.rows, group_columns(kind)
-
-
 @functools.cache
-def _gemv(rows: Rows, group_size: int, tile: int) -> tuple[Any, FloatLanes]:
+def _gemv(reader: ChunkReader, tile: int) -> tuple[Any, FloatLanes]:
     """The kernel for few tokens, and what it makes of x."""
-    lanes = FloatLanes(ChunkReader(rows, group_size), tile)
+    lanes = FloatLanes(reader, tile)
     return compile_gemv(lanes, get_openmp().team), lanes
 
 
 @functools.cache
-def _dequantize(rows: Rows, group_size: int) -> Any:
+def _dequantize(reader: ChunkReader) -> Any:
     """The kernel that makes rows floats."""
-    return compile_dequantize(ChunkReader(rows, group_size), get_openmp().team)
+    return compile_dequantize(reader, get_openmp().team)

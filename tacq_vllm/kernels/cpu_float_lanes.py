@@ -44,10 +44,6 @@ class FloatLanes:
         """See `Lanes`."""
         return 32 // self.tile
 
-    def room(self, tokens: int) -> int:
-        """See `Layout`."""
-        return self.tile
-
     def sizes(self, tokens: int, columns: int) -> tuple[int, int, int, int]:
         """See `Layout`."""
         chunks = -(-columns // self.reader.columns)

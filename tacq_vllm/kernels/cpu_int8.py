@@ -8,12 +8,12 @@ from torch import Tensor
 
 from tacq_vllm.kernels.cpu_byte_lanes import ByteLanes
 from tacq_vllm.kernels.cpu_call import Call, prepare
-from tacq_vllm.kernels.cpu_chunks import ChunkReader, group_columns, lane_span
+from tacq_vllm.kernels.cpu_chunks import ChunkReader, chunk_reader
 from tacq_vllm.kernels.cpu_dots import best_dot
 from tacq_vllm.kernels.cpu_gemv import compile_gemv
 from tacq_vllm.kernels.cpu_int8_gemm import compile_gemm
 from tacq_vllm.kernels.cpu_panels import Panels
-from tacq_vllm.kernels.cpu_rows import CpuWeight, Rows, WeightKind
+from tacq_vllm.kernels.cpu_rows import CpuWeight, WeightKind
 from tacq_vllm.kernels.cpu_token_tiles import TokenTiles
 from tacq_vllm.kernels.openmp import get_openmp
 
@@ -48,25 +48,23 @@ def _call(kind: WeightKind, x_dtype: torch.dtype, dot: str, count: int) -> Call:
     return prepare(kernel, layout, count, kind.columns)
 
 
-def _compiled_for(kind: WeightKind) -> tuple[Rows, int, int]:
-    """What kernels are compiled for.
-
-    How rows are stored; columns of a group; of x that share a scale.
-    """
-    size, block = kind.group_size, 4 * lane_span(kind.rows)
-    while size % block:
+def _compiled_for(kind: WeightKind) -> tuple[ChunkReader, int]:
+    """What kernels are compiled for: what reads weights; columns that share a scale."""
+    reader = chunk_reader(kind)
+    block = 4 * reader.span
+    while kind.group_size % block:
         block //= 2
-    return kind.rows, group_columns(kind), block
+    return reader, block
 
 
 @functools.cache
 def _kernel(
-    rows: Rows, group_size: int, block: int, x_dtype: torch.dtype, dot: str, tile: int
+    reader: ChunkReader, block: int, x_dtype: torch.dtype, dot: str, tile: int
 ) -> tuple[Any, ByteLanes | TokenTiles]:
     """The kernel for a tile of tokens, or for many, and what it makes of x."""
-    team, reader = get_openmp().team, ChunkReader(rows, group_size)
+    team = get_openmp().team
     if tile == MANY:
-        tiles = TokenTiles(x_dtype, rows.stride, block)
+        tiles = TokenTiles(x_dtype, reader.rows.stride, block)
         return compile_gemm(Panels(reader, block), tiles, dot, team), tiles
     lanes = ByteLanes(reader, x_dtype, block, tile, dot)
     return compile_gemv(lanes, team), lanes

@@ -22,10 +22,6 @@ class Lanes(Layout, Protocol):
         """The type of x."""
 
     @property
-    def tile(self) -> int:
-        """Tokens."""
-
-    @property
     def part(self) -> int:
         """Chunks of x that stay in the first cache."""
 

@@ -1,7 +1,7 @@
 """What many rows of x become: bytes in tiles of 16 tokens and one block of columns."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numba
 import torch
@@ -50,18 +50,16 @@ class TokenTiles:
     block: int
     """Columns of x that share a scale: whole lanes, and a multiple of 16."""
 
+    tile: ClassVar[int] = TOKENS
+
     @property
     def span(self) -> int:
         """Columns of a lane."""
         return 4 * self.stride
 
-    def room(self, tokens: int) -> int:
-        """Rows of the output that are written."""
-        return -(-tokens // TOKENS) * TOKENS
-
     def sizes(self, tokens: int, columns: int) -> tuple[int, int, int, int]:
         """Bytes of what is made of x: of the tiles, codes, scales and sums."""
-        room = self.room(tokens)
+        room = -(-tokens // TOKENS) * TOKENS
         numbers = room * (columns // self.block) * 4
         return room * columns * self.dtype.itemsize, room * columns, numbers, numbers
 

@@ -24,7 +24,6 @@ from tests.kernels.cpu import (
 if OBSTACLE is not None:
     pytest.skip(OBSTACLE, allow_module_level=True)
 
-
 from tacq_vllm.kernels import cpu_int8
 from tacq_vllm.kernels import cpu_linear as kernel
 from tacq_vllm.kernels.activations import ACTIVATIONS_VARIABLE

@@ -15,10 +15,12 @@ if OBSTACLE is not None:
 
 from tacq_vllm.kernels import cpu_exact
 from tacq_vllm.kernels import cpu_linear as kernel
+from tacq_vllm.kernels.cpu_chunks import chunk_reader
 from tacq_vllm.kernels.cpu_exact import MAX_FUSED_TOKENS
 from tacq_vllm.kernels.cpu_float_lanes import FloatLanes
 from tacq_vllm.kernels.cpu_linear import backward, multiply, supports
 from tacq_vllm.kernels.cpu_planes import planes_weight
+from tacq_vllm.kernels.openmp import OpenMP
 
 STORAGE_DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 BITS = [2, 3, 4]
@@ -188,9 +190,9 @@ def test_inputs_are_left_alone() -> None:
 
 
 def test_no_call_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, _ = random_linear(3, 20, 64, 32, 0.02, torch.bfloat16, 7)
-    kind, needed = planes_weight(packed).kind, set()
-    layout = cpu_exact._gemv(*cpu_exact._compiled_for(kind), 1)[1]
+    packed, _ = random_linear(3, 8, 64, 16, 0.02, torch.float16, 8)
+    layout = FloatLanes(chunk_reader(planes_weight(packed).kind), 8)
+    needed = set()
 
     def make(*key: object) -> tuple[None, FloatLanes]:
         needed.add(key)
@@ -198,11 +200,13 @@ def test_no_call_waits_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cpu_exact, "_gemv", make)
     monkeypatch.setattr(cpu_exact, "_dequantize", lambda *key: needed.add(key))
+    monkeypatch.setattr(cpu_exact, "_call", cpu_exact._call.__wrapped__)
+    monkeypatch.setattr(OpenMP, "run", lambda *arguments: None)
     kernel.warm_up(packed, torch.float32, None)
     warm = set(needed)
 
-    for tokens in range(1, MAX_FUSED_TOKENS + 1):
-        cpu_exact._call.__wrapped__(kind, tokens)
+    for tokens in range(1, MAX_FUSED_TOKENS + 3):
+        multiply(random_input(tokens, 64), packed, None)
 
     assert needed == warm
     assert len(warm) == 5
