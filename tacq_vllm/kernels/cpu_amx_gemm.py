@@ -42,19 +42,29 @@ from tacq_vllm.kernels.cpu_ir import (
     pick,
     pick_both,
     reserver,
+    sharer,
     taker,
     transpose,
 )
 from tacq_vllm.kernels.cpu_row_store import put_rows
 
 _SLAB = 16
-"""Tiles of tokens for which a weight is unpacked once."""
+"""Tiles of tokens, at most, for which a weight is unpacked once."""
+
+_OWN_TILES = 4
+"""Tiles of tokens that make it worth while to unpack all rows for them alone."""
+
+_AGAIN = 3
+"""Panels that are unpacked in the time that a tile of another thread's takes to come.
+
+Measured with two threads on a Xeon of the fourth generation.
+"""
 
 _UNITS = 2
-"""Parts that every thread takes, if there are as many pairs of panels."""
+"""Parts that every thread takes, if rows are shared, and as many pairs of panels."""
 
 _HEIGHT = 32
-"""Panels of a part at most."""
+"""Panels that are multiplied with the same columns of x before the next, at most."""
 
 _ASKED = 8 * AHEAD_BYTES
 """Bytes of a tile of tokens that are asked for beside a panel."""
@@ -70,34 +80,38 @@ def compile_gemm(weight: AmxWeight, tokens: AmxTokens, team: Team) -> Any:
 
     Returns:
         A C function void(int64 *arguments) with an `address`, to be called by every
-        thread of a team; 16 rows of the weight belong to one thread.
+        thread of a team; a result belongs to one thread.
     """
-    take, num_threads = taker(ARGUMENTS.index("taken")), team.num_threads
-    arrange = tokens_arranger(tokens, team)
+    take, share, wait = taker(ARGUMENTS.index("taken")), sharer(team), team.wait
+    find_parts, arrange = _parts_finder(team), tokens_arranger(tokens)
     begin, end = tiles_starter(), tiles_ender()
     multiply, finish = _block_product(weight), _block_end(tokens)
     reserve_panels = reserver(PAIR * MAX_BLOCK_CHUNKS * weight.chunk_bytes)
     reserve_sums = reserver(_HEIGHT * _SLAB * TILE_BYTES)
     reserve_kept = reserver(_HEIGHT * ROWS * 4)
-    arguments = len(ARGUMENTS) + weight.reader.rows.addresses
+    width, arguments = tokens.columns, len(ARGUMENTS) + weight.reader.rows.addresses
 
     @numba.cfunc(types.void(types.voidptr))
     def body(pointer):
         a = numba.carray(pointer, arguments, numba.int64)
-        arrange(a[0], a[1], a[6], a[7])
         panels = (a[9] + ROWS - 1) // ROWS
         tiles = (a[6] + TOKENS - 1) // TOKENS
-        # Even, as panels are multiplied in pairs.
-        size = panels // (_UNITS * num_threads()) // PAIR * PAIR
-        size = max(PAIR, min(size, _HEIGHT))
+        chunks = (a[7] + width - 1) // width
+        depth, size = find_parts(tiles, panels)
         units = (panels + size - 1) // size
-        height = size if tiles > PAIR else PAIR
+        height = min(size, _HEIGHT) if tiles > PAIR else PAIR
         memory = reserve_panels(), reserve_sums(), reserve_kept()
+        if units > 1:
+            start, stop = share(0, tiles * chunks)
+            arrange(a, start, stop)
+            wait()
         begin()
         part = take(pointer)
-        while part < units * ((tiles + _SLAB - 1) // _SLAB):
-            slab, start = part // units * _SLAB, part % units * size
-            slab_end, stop = min(slab + _SLAB, tiles), min(start + size, panels)
+        while part < units * ((tiles + depth - 1) // depth):
+            slab, start = part // units * depth, part % units * size
+            slab_end, stop = min(slab + depth, tiles), min(start + size, panels)
+            if units == 1:
+                arrange(a, slab * chunks, slab_end * chunks)
             for first in range(start, stop, height):
                 last = min(first + height, stop)
                 multiply(a, (slab, slab_end), (first, last), memory)
@@ -106,6 +120,33 @@ def compile_gemm(weight: AmxWeight, tokens: AmxTokens, team: Team) -> Any:
         end()
 
     return body
+
+
+def _parts_finder(team: Team) -> Any:
+    """Compile how work is cut into parts, which threads take in turn.
+
+    Where there are tokens enough a part is of all rows, and the thread makes what it
+    needs of x itself: what another thread has made lies in that one's cache. Otherwise
+    rows are shared, and no row is unpacked by two threads.
+
+    Returns:
+        A function of the numbers of tiles of tokens and of panels: how many of a part.
+    """
+    num_threads = team.num_threads
+
+    @numba.njit
+    def find_parts(tiles, panels):
+        threads = num_threads()
+        slabs = (tiles + _SLAB - 1) // _SLAB
+        parts = (slabs + threads - 1) // threads * threads
+        is_unpacked_soon = (parts - slabs) * panels <= _AGAIN * (threads - 1) * tiles
+        if tiles >= _OWN_TILES * threads and is_unpacked_soon:
+            return (tiles + parts - 1) // parts, panels
+        # Even, as panels are multiplied in pairs.
+        size = panels // (_UNITS * threads) // PAIR * PAIR
+        return _SLAB, max(PAIR, min(size, _HEIGHT))
+
+    return find_parts
 
 
 def _block_product(weight: AmxWeight) -> Any:

@@ -21,14 +21,12 @@ from tacq_vllm.kernels.cpu_ir import (
     I64,
     LANES,
     WORDS,
-    Team,
     at,
     from_float,
     load_some,
     pick,
     put,
     reserver,
-    sharer,
     stored_type,
     to_float,
     transpose,
@@ -67,12 +65,13 @@ class AmxTokens:
         return -(-tokens // TOKENS) * chunks * self.chunk_bytes, 0, 0, 0
 
 
-def tokens_arranger(tokens: AmxTokens, team: Team) -> Any:
-    """Compile the making of the tiles by all threads of a team, before they go on.
+def tokens_arranger(tokens: AmxTokens) -> Any:
+    """Compile the making of tiles.
 
-    It takes the addresses of x [tokens, columns] and of the tiles, and both sizes.
+    It takes the kernel's arguments; the first part to make, and the one that follows
+    the last. A part is a chunk of 16 tokens; chunks of the same tokens follow each
+    other.
     """
-    share, wait = sharer(team), team.wait
     read, turn = _read_token(tokens), _turn_tokens()
     width, chunk_bytes = tokens.columns, tokens.chunk_bytes
     steps = len(chunk_steps(tokens.stride))
@@ -80,11 +79,11 @@ def tokens_arranger(tokens: AmxTokens, team: Team) -> Any:
     reserve = reserver(chunk_bytes)
 
     @numba.njit
-    def arrange(x, tiles, count, columns):
+    def arrange(a, start, stop):
+        x, tiles, count, columns = a[0], a[1], a[6], a[7]
         lines, halvings = reserve(), halve(columns)
         chunks = (columns + width - 1) // width
         size = (count + TOKENS - 1) // TOKENS
-        start, stop = share(0, size * chunks)
         for part in range(start, stop):
             tile, chunk = part // chunks, part % chunks
             for number in range(TOKENS):
@@ -102,7 +101,6 @@ def tokens_arranger(tokens: AmxTokens, team: Team) -> Any:
             for step in range(steps if whole else steps >> halvings):
                 offset = step * TILE_BYTES
                 turn(lines + offset, tiles + place * chunk_bytes + offset)
-        wait()
 
     return arrange
 

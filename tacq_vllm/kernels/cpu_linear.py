@@ -9,8 +9,8 @@ Two ways:
 * exact, for x in float32 and where the environment has TACQ_CPU_ACTIVATIONS=exact:
   codes become floats in vector registers.
 
-Threads are PyTorch's own. A row belongs to one thread: the same inputs give the same
-bits with any number of threads, except that for many tokens in float32 that is up to
+Threads are PyTorch's own. A result is one thread's: the same inputs give the same bits
+with any number of threads, except that for many tokens in float32 that is up to
 PyTorch's product.
 """
 

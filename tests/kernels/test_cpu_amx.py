@@ -100,8 +100,11 @@ def test_any_shape(
             (33, 40, 896, 64),
             (48, 33, 192, 64),
             (7, 100, 96, -1),
-            # More tokens than a slab has, more rows than a part.
+            # Tokens are shared by threads, fewer than a slab has and more; or rows are,
+            # more than a part has.
+            (140, 33, 192, 64),
             (300, 70, 320, 64),
+            (530, 2200, 64, 64),
             (40, 1100, 64, 64),
             (20, 1100, 64, 64),
         ]
@@ -151,7 +154,7 @@ def test_uneven_outliers(density: float, rows: slice) -> None:
 
 
 @pytest.mark.usefixtures("restore_threads")
-@pytest.mark.parametrize("tokens", [FEW, 40])
+@pytest.mark.parametrize("tokens", [FEW, 40, 140, 300])
 def test_bits_do_not_depend_on_threads_or_runs(tokens: int) -> None:
     packed, _ = random_linear(3, 167, 576, 64, 0.03, torch.bfloat16, 5)
     x = random_input(tokens, 576, dtype=torch.bfloat16)
