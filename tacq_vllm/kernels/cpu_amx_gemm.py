@@ -180,6 +180,12 @@ def _block_product(weight: AmxWeight) -> Any:
             for panel in range(block[0], block[1], PAIR):
                 pair = min(PAIR, block[1] - panel)
                 number = panel - block[0]
+                # Codes that are unpacked next.
+                ahead = (panel + PAIR) * ROWS, chunk
+                if panel + PAIR >= block[1]:
+                    ahead = block[0] * ROWS, end
+                    if end == chunks:
+                        ahead = block[1] * ROWS, 0
                 for other in range(pair):
                     unpack(
                         a[head:],
@@ -191,6 +197,7 @@ def _block_product(weight: AmxWeight) -> Any:
                         rows,
                         panels + other * panel_bytes,
                         kept + (number + other) * ROWS * 4,
+                        (ahead[0] + other * ROWS, ahead[1]),
                     )
                 multiply(
                     panels,

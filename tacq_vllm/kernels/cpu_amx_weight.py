@@ -12,7 +12,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tacq_vllm.kernels.cpu_amx_tiles import (
-    BLOCK_CHUNKS,
     ROWS,
     TILE_BYTES,
     chunk_steps,
@@ -79,8 +78,9 @@ def unpacker(weight: AmxWeight) -> Any:
 
     It takes the tensors' addresses; the first row; the first chunk, and the one that
     follows the last; the numbers of columns, groups and rows of the weight; the address
-    of the tiles, with room for whole chunks; and that of memory for a word a row, kept
-    from the chunks before. The last row is repeated for those behind.
+    of the tiles, with room for whole chunks; that of memory for a word a row, kept
+    from the chunks before; and the first row and chunk of those that come next, which
+    are asked for. The last row is repeated for those behind.
     """
     row_at = weight.reader.rows.finder()
     read, add_kept = _read_row(weight), _kept_adder(weight)
@@ -88,29 +88,34 @@ def unpacker(weight: AmxWeight) -> Any:
     halve = last_halvings(width, len(weight.steps))
 
     @numba.njit
-    def unpack(tensors, first, chunk, end, columns, groups, rows, tiles, kept):
+    def unpack(tensors, first, chunk, end, columns, groups, rows, tiles, kept, ahead):
         halvings, last = halve(columns), columns // width
         for number in range(ROWS):
             row = min(first + number, rows - 1)
             packed = row_at(tensors, row, columns, groups, rows)
+            coming = row_at(tensors, ahead[0] + number, columns, groups, rows)
             place = tiles + number * 64
             for index in range(chunk, end):
-                tile = place + (index - chunk) * chunk_bytes
-                read(packed, index, columns, tile, halvings)
+                offset = index - chunk
+                tile = place + offset * chunk_bytes
+                read(packed, index, columns, tile, halvings, coming, ahead[1] + offset)
             add_kept(packed, chunk, end, last, halvings, place, kept + number * 4)
 
     return unpack
 
 
 def _read_row(weight: AmxWeight) -> Any:
-    """Intrinsic: a chunk of one row, to the rows of its tiles."""
+    """Intrinsic: a chunk of one row, to the rows of its tiles; another is asked for."""
     reader = weight.reader
 
     @intrinsic
-    def read_row(typing_context, row, index, columns, tiles, halvings):
+    def read_row(typing_context, row, index, columns, tiles, halvings, coming, ahead):
         def codegen(context, builder, signature, arguments):
-            row = reader.rows.unpack(builder, arguments[0])
-            index, columns, tiles, halvings = arguments[1:]
+            row, coming = (
+                reader.rows.unpack(builder, arguments[number]) for number in (0, 5)
+            )
+            index, columns, tiles, halvings = arguments[1:5]
+            reader.rows.prefetch(builder, coming, arguments[6])
             whole = builder.udiv(columns, I64(reader.columns))
             rest = builder.urem(columns, I64(reader.columns))
 
@@ -121,16 +126,15 @@ def _read_row(weight: AmxWeight) -> Any:
             is_whole = builder.icmp_unsigned("<", index, whole)
             with builder.if_else(is_whole) as (then, otherwise):
                 with then:
-                    ahead = builder.add(index, I64(BLOCK_CHUNKS))
-                    reader.rows.prefetch(builder, row, ahead)
                     read(None, None)
                 with otherwise:
                     read(rest, halvings)
             return context.get_dummy_value()
 
-        number = types.int64
-        row_type = reader.rows.row_type
-        return types.void(row_type, number, number, number, number), codegen
+        number, row_type = types.int64, reader.rows.row_type
+        return types.void(
+            row_type, number, number, number, number, row_type, number
+        ), codegen
 
     return read_row
 
