@@ -90,6 +90,10 @@ def compile_gemm(panels: Panels, tiles: TokenTiles, dot: str, team: Team) -> Any
                 last_panel = min(panel + PANELS, stop)
                 for chunk in range(0, chunks, _CHUNKS):
                     end = min(chunk + _CHUNKS, chunks)
+                    # Codes that are unpacked next.
+                    ahead = panel * ROWS, end
+                    if end == chunks:
+                        ahead = last_panel * ROWS, 0
                     for number in range(panel, last_panel):
                         unpack(
                             weight,
@@ -100,6 +104,7 @@ def compile_gemm(panels: Panels, tiles: TokenTiles, dot: str, team: Team) -> Any
                             groups,
                             rows,
                             unpacked + (number - panel) * panel_bytes,
+                            (ahead[0] + (number - panel) * ROWS, ahead[1]),
                         )
                     first = chunk * chunk_blocks
                     size = min(end * chunk_blocks, blocks) - first

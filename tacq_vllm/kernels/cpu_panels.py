@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tacq_vllm.kernels.cpu_chunks import AHEAD, ChunkReader
+from tacq_vllm.kernels.cpu_chunks import ChunkReader
 from tacq_vllm.kernels.cpu_dots import BIAS
 from tacq_vllm.kernels.cpu_ir import (
     I8,
@@ -64,7 +64,8 @@ def unpacker(panels: Panels) -> Any:
 
     It takes the tensors' addresses; the first row; the first chunk, and the one that
     follows the last; the numbers of columns, groups and rows of the weight; the address
-    of the panel, with room for whole chunks. The last row is repeated for those behind.
+    of the panel, with room for whole chunks; and the first row and chunk of those that
+    come next, which are asked for. The last row is repeated for those behind.
     """
     reader = panels.reader
     row_at = reader.rows.finder()
@@ -73,28 +74,36 @@ def unpacker(panels: Panels) -> Any:
     reserve = reserver((reader.rows.stride + 1) * ROWS * 64)
 
     @numba.njit
-    def unpack(weight, first, chunk, end, columns, groups, rows, panel):
+    def unpack(weight, first, chunk, end, columns, groups, rows, panel, ahead):
         lines = reserve()
         for index in range(chunk, end):
             for number in range(ROWS):
                 row = min(first + number, rows - 1)
                 packed = row_at(weight, row, columns, groups, rows)
-                read(packed, index, columns, lines + number * 64)
+                coming = row_at(weight, ahead[0] + number, columns, groups, rows)
+                line = lines + number * 64
+                read(packed, index, columns, line, coming, ahead[1] + index - chunk)
             turn(lines, panel + (index - chunk) * chunk_bytes)
 
     return unpack
 
 
 def _read_row(panels: Panels) -> Any:
-    """Intrinsic: a chunk of one row, a vector for each word of a lane, and scales."""
+    """Intrinsic: a chunk of one row, a vector for each word of a lane, and scales.
+
+    Another is asked for.
+    """
     reader = panels.reader
     row_type = reader.rows.row_type
 
     @intrinsic
-    def read_row(typing_context, row, index, columns, line):
+    def read_row(typing_context, row, index, columns, line, coming, ahead):
         def codegen(context, builder, signature, arguments):
-            row = reader.rows.unpack(builder, arguments[0])
-            index, columns, line = arguments[1:]
+            row, coming = (
+                reader.rows.unpack(builder, arguments[number]) for number in (0, 4)
+            )
+            index, columns, line = arguments[1:4]
+            reader.rows.prefetch(builder, coming, arguments[5])
             whole = builder.udiv(columns, I64(reader.columns))
             rest = builder.urem(columns, I64(reader.columns))
 
@@ -107,15 +116,13 @@ def _read_row(panels: Panels) -> Any:
             is_whole = builder.icmp_unsigned("<", index, whole)
             with builder.if_else(is_whole) as (then, otherwise):
                 with then:
-                    ahead = builder.add(index, I64(AHEAD))
-                    reader.rows.prefetch(builder, row, ahead)
                     read(None)
                 with otherwise:
                     read(rest)
             return context.get_dummy_value()
 
         number = types.int64
-        return types.void(row_type, number, number, number), codegen
+        return types.void(row_type, number, number, number, row_type, number), codegen
 
     return read_row
 
