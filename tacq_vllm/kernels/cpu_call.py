@@ -1,5 +1,6 @@
 """Calls of CPU kernels: memory for what is made of x, and for the output."""
 
+import threading
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -44,6 +45,12 @@ class Layout(Protocol):
         """Bytes of the areas."""
 
 
+_MOST_HELD = 64 << 20
+"""Bytes of memory that a thread holds for its next call, at most."""
+
+_held = threading.local()
+
+
 class Call(NamedTuple):
     """What calls with the same number of tokens have in common."""
 
@@ -58,7 +65,7 @@ class Call(NamedTuple):
     def run(self, x: Tensor, weight: CpuWeight) -> Tensor:
         """Multiply x [tokens, columns], contiguous, with the weight: [tokens, out]."""
         kind, count = weight.kind, x.shape[0]
-        memory = torch.empty(self.nbytes, dtype=torch.uint8)
+        memory = _memory(self.nbytes)
         out = torch.empty(self.room, kind.out_features, dtype=x.dtype)
         start = memory.data_ptr()
         get_openmp().run(
@@ -81,3 +88,17 @@ def prepare(kernel: Any, layout: Layout, tokens: int, columns: int) -> Call:
     sizes = [-(-size // 64) * 64 for size in layout.sizes(tokens, columns)]
     *areas, nbytes = accumulate(sizes, initial=0)
     return Call(kernel, tuple(areas), nbytes, -(-tokens // layout.tile) * layout.tile)
+
+
+def _memory(nbytes: int) -> Tensor:
+    """Memory for one call, which the thread's next call is given again.
+
+    That lies in the caches; and what is allocated anew may come page by page from the
+    system, which can take longer than a small product.
+    """
+    if nbytes > _MOST_HELD:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    memory: Tensor | None = getattr(_held, "memory", None)
+    if memory is None or memory.numel() < nbytes:
+        memory = _held.memory = torch.empty(nbytes, dtype=torch.uint8)
+    return memory
