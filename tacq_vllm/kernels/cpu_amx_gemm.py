@@ -102,6 +102,7 @@ def compile_gemm(weight: AmxWeight, tokens: AmxTokens, team: Team) -> Any:
         height = min(size, _HEIGHT) if tiles > PAIR else PAIR
         memory = reserve_panels(), reserve_sums(), reserve_kept()
         if units > 1:
+            # Every thread needs all of x.
             start, stop = share(0, tiles * chunks)
             arrange(a, start, stop)
             wait()
@@ -111,6 +112,7 @@ def compile_gemm(weight: AmxWeight, tokens: AmxTokens, team: Team) -> Any:
             slab, start = part // units * depth, part % units * size
             slab_end, stop = min(slab + depth, tiles), min(start + size, panels)
             if units == 1:
+                # No other thread needs that.
                 arrange(a, slab * chunks, slab_end * chunks)
             for first in range(start, stop, height):
                 last = min(first + height, stop)
