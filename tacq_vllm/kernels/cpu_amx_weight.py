@@ -19,7 +19,7 @@ from tacq_vllm.kernels.cpu_amx_tiles import (
     put_steps,
     round_both,
 )
-from tacq_vllm.kernels.cpu_chunks import ChunkReader
+from tacq_vllm.kernels.cpu_chunks import ChunkReader, chunk_asker
 from tacq_vllm.kernels.cpu_ir import (
     FLOATS,
     I8,
@@ -82,9 +82,10 @@ def unpacker(weight: AmxWeight) -> Any:
     from the chunks before; and the first row and chunk of those that come next, which
     are asked for. The last row is repeated for those behind.
     """
-    row_at = weight.reader.rows.finder()
+    reader = weight.reader
+    row_at, ask = reader.rows.finder(), chunk_asker(reader.rows)
     read, add_kept = _read_row(weight), _kept_adder(weight)
-    width, chunk_bytes = weight.reader.columns, weight.chunk_bytes
+    width, chunk_bytes = reader.columns, weight.chunk_bytes
     halve = last_halvings(width, len(weight.steps))
 
     @numba.njit
@@ -97,25 +98,22 @@ def unpacker(weight: AmxWeight) -> Any:
             place = tiles + number * 64
             for index in range(chunk, end):
                 offset = index - chunk
-                tile = place + offset * chunk_bytes
-                read(packed, index, columns, tile, halvings, coming, ahead[1] + offset)
+                ask(coming, ahead[1] + offset)
+                read(packed, index, columns, place + offset * chunk_bytes, halvings)
             add_kept(packed, chunk, end, last, halvings, place, kept + number * 4)
 
     return unpack
 
 
 def _read_row(weight: AmxWeight) -> Any:
-    """Intrinsic: a chunk of one row, to the rows of its tiles; another is asked for."""
+    """Intrinsic: a chunk of one row, to the rows of its tiles."""
     reader = weight.reader
 
     @intrinsic
-    def read_row(typing_context, row, index, columns, tiles, halvings, coming, ahead):
+    def read_row(typing_context, row, index, columns, tiles, halvings):
         def codegen(context, builder, signature, arguments):
-            row, coming = (
-                reader.rows.unpack(builder, arguments[number]) for number in (0, 5)
-            )
-            index, columns, tiles, halvings = arguments[1:5]
-            reader.rows.prefetch(builder, coming, arguments[6])
+            row = reader.rows.unpack(builder, arguments[0])
+            index, columns, tiles, halvings = arguments[1:]
             whole = builder.udiv(columns, I64(reader.columns))
             rest = builder.urem(columns, I64(reader.columns))
 
@@ -131,10 +129,9 @@ def _read_row(weight: AmxWeight) -> Any:
                     read(rest, halvings)
             return context.get_dummy_value()
 
-        number, row_type = types.int64, reader.rows.row_type
-        return types.void(
-            row_type, number, number, number, number, row_type, number
-        ), codegen
+        number = types.int64
+        row_type = reader.rows.row_type
+        return types.void(row_type, number, number, number, number), codegen
 
     return read_row
 

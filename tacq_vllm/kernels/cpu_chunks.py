@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from tacq_vllm.kernels.cpu_ir import (
     FLOATS,
@@ -118,6 +120,21 @@ class ChunkReader:
 def chunk_reader(kind: WeightKind) -> ChunkReader:
     """What reads weights of a kind."""
     return ChunkReader(kind.rows, 0 if kind.groups == 1 else kind.group_size)
+
+
+def chunk_asker(rows: Rows) -> Any:
+    """Intrinsic: ask for the codes of a chunk of a row; neither need exist."""
+
+    @intrinsic
+    def ask(typing_context, row, index):
+        def codegen(context, builder, signature, arguments):
+            row, index = arguments
+            rows.prefetch(builder, rows.unpack(builder, row), index)
+            return context.get_dummy_value()
+
+        return types.void(rows.row_type, types.int64), codegen
+
+    return ask
 
 
 def _some(builder: Any, base: Any, first: Any, kind: Any, valid: Any) -> Any:

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from tacq_vllm.kernels.cpu_chunks import ChunkReader
+from tacq_vllm.kernels.cpu_chunks import ChunkReader, chunk_asker
 from tacq_vllm.kernels.cpu_dots import BIAS
 from tacq_vllm.kernels.cpu_ir import (
     I8,
@@ -68,7 +68,7 @@ def unpacker(panels: Panels) -> Any:
     come next, which are asked for. The last row is repeated for those behind.
     """
     reader = panels.reader
-    row_at = reader.rows.finder()
+    row_at, ask = reader.rows.finder(), chunk_asker(reader.rows)
     read, turn = _read_row(panels), _turn_rows(panels)
     chunk_bytes = panels.chunk_blocks * panels.block_bytes
     reserve = reserver((reader.rows.stride + 1) * ROWS * 64)
@@ -81,29 +81,23 @@ def unpacker(panels: Panels) -> Any:
                 row = min(first + number, rows - 1)
                 packed = row_at(weight, row, columns, groups, rows)
                 coming = row_at(weight, ahead[0] + number, columns, groups, rows)
-                line = lines + number * 64
-                read(packed, index, columns, line, coming, ahead[1] + index - chunk)
+                ask(coming, ahead[1] + index - chunk)
+                read(packed, index, columns, lines + number * 64)
             turn(lines, panel + (index - chunk) * chunk_bytes)
 
     return unpack
 
 
 def _read_row(panels: Panels) -> Any:
-    """Intrinsic: a chunk of one row, a vector for each word of a lane, and scales.
-
-    Another is asked for.
-    """
+    """Intrinsic: a chunk of one row, a vector for each word of a lane, and scales."""
     reader = panels.reader
     row_type = reader.rows.row_type
 
     @intrinsic
-    def read_row(typing_context, row, index, columns, line, coming, ahead):
+    def read_row(typing_context, row, index, columns, line):
         def codegen(context, builder, signature, arguments):
-            row, coming = (
-                reader.rows.unpack(builder, arguments[number]) for number in (0, 4)
-            )
-            index, columns, line = arguments[1:4]
-            reader.rows.prefetch(builder, coming, arguments[5])
+            row = reader.rows.unpack(builder, arguments[0])
+            index, columns, line = arguments[1:]
             whole = builder.udiv(columns, I64(reader.columns))
             rest = builder.urem(columns, I64(reader.columns))
 
@@ -122,7 +116,7 @@ def _read_row(panels: Panels) -> Any:
             return context.get_dummy_value()
 
         number = types.int64
-        return types.void(row_type, number, number, number, row_type, number), codegen
+        return types.void(row_type, number, number, number), codegen
 
     return read_row
 
